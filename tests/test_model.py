@@ -1,0 +1,425 @@
+"""The detectors equal the official ones, and the pretext method asks about the regions it was given."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from detectors import image_encoding
+from model import VARIANTS, BatchNorm, Siamese, build_detector, folded, noisy_targets, swap_views
+
+SHARED = Path(__file__).parents[2] / "shared"
+SMALL = dict(backbone="resnet18", hidden_dim=32, enc_layers=1, dec_layers=2, num_queries=12, dropout=0.0)
+LEVELS = {"vanilla": 1, "conditional": 1, "deformable-ss": 1, "deformable-ms": 4, "dab": 1, "dn": 1}
+# (parameters, tensors) of the official detectors with 91 classes; DAB and DN without their aliased copies of bbox_embed
+OFFICIAL = {
+    "vanilla": (41_524_768, 458),
+    "conditional": (43_367_201, 564),
+    "deformable-ss": (34_066_593, 549),
+    "deformable-ms": (40_069_665, 561),
+    "dab": (43_671_517, 590 - 6),
+    "dn": (43_694_977, 591 - 6),
+}
+
+
+def small(variant, **overrides):
+    torch.manual_seed(0)
+    return build_detector(variant, num_classes=7, **{**SMALL, **overrides})
+
+
+def lively(module):
+    """Move every parameter off its initial value, so that zero-initialised heads and offsets matter."""
+    g = torch.Generator().manual_seed(1)
+    for p in module.parameters():
+        p.data.add_(torch.randn(p.shape, generator=g) * 0.05)
+    return module
+
+
+def images(B=3, H=96, W=128):
+    g = torch.Generator().manual_seed(2)
+    x, mask = torch.randn(B, 3, H, W, generator=g), torch.ones(B, H, W, dtype=torch.bool)
+    for b in range(B):
+        mask[b, : H - 32 * (b % 2), : W - 32 * (b % 3)] = False
+    return x.masked_fill(mask[:, None], 0), mask
+
+
+def pretext(variant, B=3, R=4, **settings):
+    """A small Siamese net and inputs of B pairs of R regions."""
+    net = lively(Siamese(small(variant), **settings))
+    x, mask = images(2 * B)
+    g = torch.Generator().manual_seed(3)
+    centre = 0.3 + 0.4 * torch.rand(2 * B, R, 2, generator=g)
+    boxes = torch.cat([centre, 0.1 + 0.4 * torch.rand(2 * B, R, 2, generator=g)], -1)
+    crops = torch.randn(2 * B * R, 3, 64, 64, generator=g)
+    return net, [x, mask, boxes, boxes, crops]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_detector_has_the_official_number_of_parameters_and_tensors(variant):
+    with torch.device("meta"):
+        detector = build_detector(variant)
+    count = sum(p.numel() for p in detector.parameters())
+    assert (count, len(detector.state_dict())) == OFFICIAL[variant]
+
+
+@pytest.mark.parametrize(
+    ("variant", "trainable"),
+    [
+        ("vanilla", 19_494_663),
+        ("conditional", 21_337_353),
+        ("deformable-ss", 12_036_745),
+        ("deformable-ms", 18_958_857),
+    ],
+)
+def test_pretext_has_the_released_number_of_trainable_parameters(variant, trainable):
+    with torch.device("meta"):
+        net = Siamese(build_detector(variant))
+    names = [name for name, p in net.named_parameters() if p.requires_grad]
+    assert not [name for name in names if "backbone" in name]
+    assert sum(p.numel() for p in net.parameters() if p.requires_grad) == trainable
+
+
+GOLDEN = {"vanilla": "detr", "deformable-ms": "def_ms", "dab": "dab"}
+
+
+@pytest.mark.skipif(not (SHARED / "golden").is_dir(), reason="the official outputs' folder ../shared/golden is absent")
+@pytest.mark.parametrize("variant", GOLDEN)
+def test_detector_reproduces_official_outputs(variant, monkeypatch):
+    monkeypatch.syspath_prepend(SHARED / "golden")
+    import golden_filler
+
+    detector = build_detector(variant).eval()
+    golden_filler.fill_model(detector)
+    with torch.no_grad():
+        pred = detector(*golden_filler.inputs())
+    ours = golden_filler.digest(pred.logits, pred.boxes)
+    theirs = json.loads((SHARED / "golden" / "golden_variants.json").read_text())[GOLDEN[variant]]
+    for key, numbers in theirs.items():
+        assert torch.allclose(torch.tensor(ours[key]), torch.tensor(numbers), atol=2e-4), key
+    sys.modules.pop("golden_filler")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_outputs_have_one_entry_per_layer_and_query(variant):
+    detector = small(variant).eval()
+    pred = detector(*images())
+    K = 7 + (variant == "vanilla")
+    assert pred.logits.shape == (2, 3, 12, K) and pred.boxes.shape == (2, 3, 12, 4) and pred.q_hat.shape[-1] == 32
+    assert pred.dn is None and ((pred.boxes >= 0) & (pred.boxes <= 1)).all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_settings_rebuild_the_detector(variant):
+    detector = small(variant)
+    again = build_detector(**detector.settings)
+    again.load_state_dict(detector.state_dict())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_images_of_a_batch_do_not_see_each_other(variant):
+    detector = lively(small(variant)).eval()
+    x, mask = images()
+    with torch.no_grad():
+        together = detector(x, mask)
+        changed = detector(torch.cat([x[:1], torch.randn_like(x[1:])]), mask)
+    assert torch.equal(together.boxes[:, 0], changed.boxes[:, 0])
+    assert not torch.allclose(together.boxes[:, 1], changed.boxes[:, 1])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_padding_changes_nothing_in_the_transformer(variant):
+    detector = lively(small(variant)).eval()
+    g = torch.Generator().manual_seed(5)
+    sizes = [(12, 16), (6, 8), (3, 4)] if LEVELS[variant] > 1 else [(3, 4)]
+    dims = [128, 256, 512][-len(sizes) :]
+    maps = [torch.randn(2, D, *hw, generator=g) for D, hw in zip(dims, sizes, strict=True)]
+    wide = [torch.randn(2, D, 2 * h, 2 * w, generator=g) for D, (h, w) in zip(dims, sizes, strict=True)]
+    for a, b in zip(maps, wide, strict=True):
+        b[..., : a.shape[2], : a.shape[3]] = a
+    if LEVELS[variant] > 1:  # the fourth level is a convolution of the raw map: the border of its kernel sees zeros
+        wide[-1][..., 3:, :] = wide[-1][..., 4:] = 0
+    mask, wide_mask = torch.zeros(2, 96, 128, dtype=torch.bool), torch.ones(2, 192, 256, dtype=torch.bool)
+    wide_mask[:, :96, :128] = False
+    if variant.startswith("deformable"):
+        for proj in detector.input_proj:
+            proj[1] = nn.Identity()  # group norm runs over the padded map, in the official code too
+    with torch.no_grad():
+        a, b = detector.decode(detector.encode(maps, mask)), detector.decode(detector.encode(wide, wide_mask))
+    assert torch.allclose(a.q_hat, b.q_hat, atol=5e-5) and torch.allclose(a.boxes, b.boxes, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_tiny_image_in_a_padded_batch_works(variant):
+    x, mask = torch.zeros(2, 3, 96, 96), torch.ones(2, 96, 96, dtype=torch.bool)
+    mask[0], mask[1, :1, :1] = False, False
+    pred = small(variant).eval()(x, mask)
+    assert pred.boxes.isfinite().all() and pred.logits.isfinite().all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_region_conditions_exactly_its_own_queries_of_its_own_image(variant):
+    detector = small(variant).eval()
+    x, mask = images()
+    with torch.no_grad():
+        ctx = detector.encode([detector.features(x, detector.strides)[s] for s in detector.strides], mask)
+        z = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(4))
+        moved = z.clone()
+        moved[1, 2] += 1
+        pick = 1 if detector.row.anchors else 0  # DAB, DN: z is the content query
+        before, after = (detector._queries(3, t.repeat_interleave(3, 1))[pick] for t in (z, moved))
+        rows = (before != after).any(-1)
+        assert rows.nonzero().tolist() == [[1, 6], [1, 7], [1, 8]]
+        a, b = detector.decode(ctx, z=z), detector.decode(ctx, z=moved)
+    assert torch.equal(a.q_hat[:, [0, 2]], b.q_hat[:, [0, 2]]) and not torch.equal(a.q_hat[:, 1], b.q_hat[:, 1])
+    with pytest.raises(ValueError, match="--num-queries 12 .* --num-regions 5"):
+        detector.decode(ctx, z=torch.zeros(3, 5, 32))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_reach_every_trainable_parameter_and_no_frozen_one(variant):
+    net, inputs = pretext(variant)
+    out = net.train()(*inputs)
+    loss = out.pred.logits.square().sum() + out.pred.boxes.square().sum() + net.f_sem(out.pred.q_hat).square().sum()
+    loss = loss + (out.predicted_context * torch.randn_like(out.predicted_context)).sum()
+    loss.backward()
+    missing = [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
+    frozen = [name for name, p in net.named_parameters() if not p.requires_grad and p.grad is not None]
+    # the content of DN's label table enters through its last row; the others only in fine-tuning
+    assert missing == [] and frozen == []
+    assert not out.p.requires_grad
+
+
+def test_vanilla_first_self_attention_gets_no_gradient_in_its_weights():
+    """The content starts at zero, so the first layer's values and norm have nothing to weigh (oracle O-30c)."""
+    torch.manual_seed(0)
+    net, inputs = pretext("vanilla")
+    layer = net.detector.transformer.decoder.layers[0]
+    nn.init.zeros_(layer.self_attn.in_proj_bias)
+    nn.init.zeros_(layer.self_attn.out_proj.bias)
+    net(*inputs).pred.boxes.sum().backward()
+    assert layer.self_attn.in_proj_weight.grad.abs().max() == 0 and layer.norm1.weight.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_swapping_the_views_swaps_the_answers(variant):
+    net, inputs = pretext(variant)
+    net.eval()
+    with torch.no_grad():
+        a, b = net(*inputs), net(*(torch.cat(t.chunk(2)[::-1]) for t in inputs))
+    assert torch.allclose(a.pred.boxes, torch.cat(b.pred.boxes.chunk(2, 1)[::-1], 1), atol=1e-6)
+    assert torch.allclose(a.p, swap_views(b.p), atol=1e-5)
+    assert torch.allclose(a.predicted_context, swap_views(b.predicted_context), atol=1e-5)
+
+
+def test_answers_depend_on_the_other_views_regions_only():
+    net, (x, mask, rois, boxes, crops) = pretext("conditional")
+    net.eval()
+    moved = rois.clone()
+    moved[:3] = moved[:3] * 0.7  # view 1's regions
+    with torch.no_grad():
+        a, b = net(x, mask, rois, boxes, crops).pred, net(x, mask, moved, boxes, crops).pred
+    assert torch.equal(a.boxes[:, :3], b.boxes[:, :3]) and not torch.allclose(a.boxes[:, 3:], b.boxes[:, 3:])
+
+
+def test_targets_are_the_clean_regions_of_the_view_that_asks():
+    net, (x, mask, rois, boxes, crops) = pretext("conditional", region_target="roi")
+    net.eval()
+    with torch.no_grad():
+        p = net(x, mask, rois * 0.9, boxes, None).p
+        h = net.detector.features(x, (32,))
+        assert torch.allclose(p[:3], net.region_features(h, boxes, mask)[3:])  # answers of view 1 <- regions of view 2
+    net, inputs = pretext("conditional")
+    net.eval()
+    with torch.no_grad():
+        a = net(*inputs).p
+        inputs[4] = inputs[4].clone()
+        inputs[4][0] += 1  # the crop of view 1's first region
+        rows = (net(*inputs).p != a).any(-1).nonzero().tolist()
+    assert rows == [[3, 0]]  # moves the target of view 2's answer to region 0 of image 0, nothing else
+
+
+def test_switched_off_tasks_leave_no_parameters():
+    names = {
+        n.split(".")[0] for n, _ in pretext("vanilla", region_target="none", use_global=False)[0].named_parameters()
+    }
+    assert names == {"detector", "patch2query"}
+    net, inputs = pretext("vanilla", region_target="none", use_global=False)
+    out = net(*inputs[:4])
+    assert out.p is None and out.predicted_context is None
+
+
+def test_region_features_of_a_ramp_are_its_legacy_aligned_mean():
+    net = Siamese(small("conditional"))
+    ramp = {32: torch.arange(8.0).expand(1, 512, 8, 8)}
+    box = torch.tensor([[[0.5, 0.5, 0.5, 0.5]]])  # pixels 64..192 of 256
+    z = net.region_features(ramp, box, torch.zeros(1, 256, 256, dtype=torch.bool))
+    assert torch.allclose(z, torch.full((1, 1, 512), 4.0))
+    assert torch.allclose(
+        net.region_features({32: torch.ones(1, 512, 8, 8)}, box, torch.zeros(1, 256, 256).bool()), z / 4
+    )
+
+
+def test_global_context_ignores_padded_cells():
+    net, (x, mask, *_) = pretext("vanilla")
+    net.eval()
+    det = net.detector
+    with torch.no_grad():
+        ctx = det.encode([det.features(x, (32,))[32]], mask)
+        noise = ctx._replace(c=torch.where(ctx.mask[..., None], torch.randn_like(ctx.c), ctx.c))
+        assert torch.allclose(net.global_context(ctx)[0], net.global_context(noise)[0], atol=1e-6)
+
+
+def test_global_head_normalises_each_view_on_its_own():
+    """A joint batch norm over both views is another function (oracle O-27)."""
+    net, (x, mask, *_) = pretext("vanilla")
+    net.train()
+    ctx = net.detector.encode([net.detector.features(x, (32,))[32]], mask)
+    projected = net.global_context(ctx)[1]
+    for view in projected.chunk(2):
+        assert torch.allclose(view.mean(0), net.projector[-1].bias, atol=1e-4)
+    small_batch = ctx._replace(c=ctx.c[:2], mask=ctx.mask[:2])
+    with pytest.raises(ValueError, match="two images"):
+        net.global_context(small_batch)
+
+
+def test_batch_norm_equals_torch_s_on_one_process():
+    ours, theirs = BatchNorm(5), nn.BatchNorm1d(5)
+    x = torch.randn(6, 5)
+    assert torch.equal(ours(x), theirs(x)) and torch.equal(ours.running_var, theirs.running_var)
+
+
+def test_frozen_backbone_stays_bit_identical_in_a_step():
+    net, inputs = pretext("conditional")
+    net.train()
+    before = {k: v.clone() for k, v in net.detector.backbone.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.1)
+    net(*inputs).pred.boxes.sum().backward()
+    optimizer.step()
+    assert all(torch.equal(before[k], v) for k, v in net.detector.backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_folded_backbone_equals_the_backbone(name):
+    backbone = build_detector("vanilla", **{**SMALL, "backbone": name}).backbone[0].eval()
+    g = torch.Generator().manual_seed(0)
+    for module in backbone.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.weight.uniform_(0.5, 1.5, generator=g)
+            module.bias.normal_(0, 0.1, generator=g)
+            module.running_mean.normal_(0, 0.1, generator=g)
+            module.running_var.uniform_(0.5, 1.5, generator=g)
+    x = torch.randn(2, 3, 64, 96, generator=g)
+    with torch.no_grad():
+        a, b = backbone(x, (8, 16, 32)), folded(backbone)(x, (8, 16, 32))
+    assert a.keys() == b.keys() == {8, 16, 32}
+    for stride, h in a.items():
+        assert h.shape == (2, backbone.channels[stride], 64 // stride, 96 // stride)
+        assert (h - b[stride]).abs().max() <= 1e-4 * h.abs().max()
+
+
+def test_freeze_trains_all_used_stages_but_the_first():
+    detector = small("conditional", stride=16)
+    detector.freeze_backbone(False)
+    trained = {n.split(".")[1] for n, p in detector.backbone[0].named_parameters() if p.requires_grad}
+    assert trained == {"layer2", "layer3"}  # layer4 is not read at stride 16
+    detector.freeze_backbone(True)
+    assert not any(p.requires_grad for p in detector.backbone.parameters())
+
+
+def test_position_encoding_of_the_first_cell():
+    mask = torch.zeros(1, 4, 8, dtype=torch.bool)
+    first_x = 128  # the y half comes first
+    assert image_encoding(mask, 256, 1e4, 0.0)[0, 0, first_x].item() == pytest.approx(0.7071068, abs=1e-5)
+    assert image_encoding(mask, 256, 1e4, -0.5)[0, 0, first_x].item() == pytest.approx(0.3826834, abs=1e-5)
+
+
+def test_dn_without_noise_equals_dab():
+    """DN's matching queries carry [label of 'nothing', 0] where DAB's carry zeros."""
+    dab, dn = lively(small("dab")).eval(), small("dn").eval()
+    state = {**dab.state_dict(), "label_enc.weight": torch.zeros(8, 31)}
+    dn.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.equal(dab(*images()).boxes, dn(*images()).boxes)
+
+
+def test_dn_groups_see_the_matching_queries_but_no_other_group():
+    detector = small("dn")
+    labels, boxes = torch.zeros(3, 4, dtype=torch.long), torch.full((3, 4, 4), 0.5)
+    noisy = noisy_targets(labels, boxes, torch.ones(3, 4, dtype=torch.bool), 7)
+    _, content, anchor = detector._queries(3, None)
+    content, anchor, blocked = detector._prepend_noisy(noisy, content, anchor)
+    assert content.shape[1] == anchor.shape[1] == 5 * 4 + 12 and blocked.shape == (32, 32)
+    group = torch.arange(20) // 4
+    assert torch.equal(blocked[:20, :20], group[:, None] != group[None])
+    assert blocked[20:, :20].all() and not blocked[:, 20:].any()
+
+
+def test_dn_matching_queries_ignore_the_noise():
+    detector = lively(small("dn")).train()
+    x, mask = images()
+    targets = (
+        torch.tensor([[1, 2], [3, 0], [0, 0]]),
+        torch.rand(3, 2, 4) * 0.3 + 0.2,
+        torch.tensor([[True, True], [True, False], [False, False]]),
+    )
+    a, b = detector(x, mask, *targets), detector(x, mask)
+    assert torch.allclose(a.boxes, b.boxes, atol=1e-6) and a.dn.boxes.shape == (2, 3, 10, 4) and b.dn is None
+    assert detector(x, mask, *(t[:, :0] for t in targets)).dn is None  # no target in the whole batch
+
+
+def test_noisy_targets_have_the_published_distribution():
+    torch.manual_seed(0)
+    labels, valid = torch.full((8, 2000), 3), torch.ones(8, 2000, dtype=torch.bool)
+    boxes = torch.tensor([0.5, 0.5, 0.2, 0.4]).expand(8, 2000, 4)
+    noisy = noisy_targets(labels, boxes, valid, 10)
+    flipped = (noisy.noisy_labels != 3).float().mean().item()
+    assert flipped == pytest.approx(0.2 * 0.9, abs=0.005)  # a flip may draw the true class again
+    shift = (noisy.noisy_boxes - noisy.target_boxes) / torch.tensor([0.2, 0.4, 0.2, 0.4])
+    assert shift[..., :2].abs().max() <= 0.2 + 1e-6 and shift[..., 2:].abs().max() <= 0.4 + 1e-6
+    assert torch.allclose(shift.std((0, 1)), torch.tensor([0.4, 0.4, 0.8, 0.8]) / 12**0.5, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("variant", "override", "message"),
+    [
+        ("yolo", {}, "--variant 'yolo'"),
+        ("vanilla", {"two_stage": True}, "two-stage"),
+        ("vanilla", {"width": 3}, "unknown override 'width'"),
+        ("conditional", {"pre_norm": True}, "pre_norm=True has no meaning"),
+        ("vanilla", {"box_refine": True}, "box_refine"),
+        ("dn", {"patterns": 3}, "patterns"),
+        ("deformable-ms", {"stride": 16}, "stride"),
+        ("vanilla", {"stride": 8}, "--stride 8"),
+        ("vanilla", {"hidden_dim": 100}, "--hidden-dim 100"),
+        ("vanilla", {"backbone": "vgg"}, "--backbone 'vgg'"),
+        ("vanilla", {"dec_layers": 0}, "dec_layers=0"),
+    ],
+)
+def test_build_refuses_what_does_not_exist(variant, override, message):
+    with pytest.raises(ValueError, match=message):
+        build_detector(variant, **override)
+
+
+@pytest.mark.parametrize(("variant", "options"), [("vanilla", {"pre_norm": True}), ("dab", {"patterns": 3}),
+                                                  ("deformable-ms", {"box_refine": True})])  # fmt: skip
+def test_options_run_and_train(variant, options):
+    detector = small(variant, **options)
+    pred = detector(*images())
+    assert pred.boxes.shape[2] == 12 * options.get("patterns", 1)
+    (pred.boxes.sum() + pred.logits.sum()).backward()
+    unused = [n for n, p in detector.named_parameters() if p.requires_grad and p.grad is None]
+    assert unused == []
+
+
+def test_top_boxes_are_in_pixels_and_sorted():
+    for variant in ("vanilla", "conditional"):
+        detector = lively(small(variant)).eval()
+        with torch.no_grad():
+            found = detector.top_boxes(detector(*images()), torch.tensor([[128.0, 96.0]] * 3))
+        for scores, labels, boxes in found:
+            assert (scores[:-1] >= scores[1:]).all() and labels.max() < 7 and boxes.shape[1] == 4
+            assert len(scores) == (12 if variant == "vanilla" else 12 * 7)
