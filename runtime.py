@@ -1,0 +1,311 @@
+"""What a run of days needs around its loop: processes, random streams, sample order, checkpoints, the log, signals.
+
+Read it in that order; nothing here stands in the paper or knows boxes, views or models. `step` counts optimiser steps
+done: step-00001000.pt holds the weights after 1000 of them, and a run resumed from it starts at 1000. A file that is
+read back is replaced as a whole: a kill at any moment leaves the old one or the new one, never half of either.
+"""
+
+import atexit
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import zipfile
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+STOPPED = 75  # exit code after a signal, state saved: EX_TEMPFAIL of sysexits.h, "try again later"
+
+
+class Run(NamedTuple):
+    device: torch.device
+    rank: int
+    world: int
+
+
+def setup(device_flag="auto"):
+    """Join the processes torchrun started, or be the only one -> Run; ValueError if the device or group is missing."""
+    if device_flag not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device {device_flag}: not auto, cpu or cuda (choose a GPU by CUDA_VISIBLE_DEVICES)")
+    if device_flag == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
+    world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if device_flag != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if world > 1:  # gloo also beside nccl: numbers of the host are summed without a wait for the device
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    except (RuntimeError, ValueError) as error:
+        why = sentence(error)
+        raise ValueError(f"process {rank} of {world} on {device}: {why}; start by torchrun, a GPU each") from error
+    return Run(device, rank, world)
+
+
+def close():
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _place():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_ranks(x):
+    """x of any shape -> its sum over all processes, without gradient; x itself stays as it was."""
+    x = x.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def mean_over_ranks(values):
+    """{name: scalar tensor or number}, same names everywhere -> {name: float}; one all-reduce, one copy to the host."""
+    device = next((v.device for v in values.values() if torch.is_tensor(v)), "cpu")
+    x = torch.stack([torch.as_tensor(v, device=device).detach().double() for v in values.values()])
+    return dict(zip(values, (sum_over_ranks(x) / _place()[1]).tolist(), strict=True))
+
+
+def gather_rows(x):
+    """x (n of this rank, ...) -> all ranks' rows in rank order (sum of n, ...), no gradient; n may differ or be 0."""
+    rank, world = _place()
+    counts = torch.zeros(world, dtype=torch.long, device=x.device)
+    counts[rank] = len(x)
+    counts = sum_over_ranks(counts).tolist()
+    rows = x.new_zeros(sum(counts), *x.shape[1:])
+    rows[sum(counts[:rank]) : sum(counts[: rank + 1])] = x.detach()
+    return sum_over_ranks(rows)
+
+
+def _seed(use, *key):
+    # `spawn_key` keeps the uses apart: SeedSequence pads keys with zeros, so (7, 3) and (7, 3, 0) alone give one stream
+    return int(np.random.SeedSequence(key, spawn_key=(use,)).generate_state(1, np.uint64)[0])
+
+
+def seed_step(seed, step, rank):
+    """Make dropout a function of (seed, step, rank), so that a resumed run needs no stored generator state."""
+    torch.manual_seed(_seed(1, seed, step, rank))
+
+
+@lru_cache(maxsize=2)
+def _order(n, seed, epoch):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(_seed(0, seed, epoch)))
+
+
+class StepSampler:
+    """Batch sampler: this rank's micro-batches from step `start` to step `steps`, as lists of (epoch, index).
+
+    The permutations of all epochs, each a function of (seed, epoch), form one endless list. Step s takes its positions
+    s*batch_size ... (s+1)*batch_size-1 in `accumulate` micro-steps of world*micro_batch neighbours each, so that
+    statistics over ranks do not depend on how many ranks there are.
+    """
+
+    def __init__(self, n, batch_size, micro_batch, rank, world, seed, start, steps):
+        micro_batch = micro_batch or max(batch_size // world, 1)
+        together = world * micro_batch
+        if n < 1 or batch_size < 1 or micro_batch < 1 or batch_size % together:
+            numbers = f"{n} images, --batch-size {batch_size}, {world} processes, micro-batches of {micro_batch}"
+            raise ValueError(f"{numbers}: needs images, and a batch size divisible by {together}")
+        self.n, self.seed, self.micro_batch, self.accumulate = n, seed, micro_batch, batch_size // together
+        self.positions = range(start * batch_size + rank * micro_batch, steps * batch_size, together)
+
+    def __len__(self):
+        return len(self.positions)
+
+    def __iter__(self):
+        for first in self.positions:
+            places = [divmod(p, self.n) for p in range(first, first + self.micro_batch)]
+            yield [(epoch, int(_order(self.n, self.seed, epoch)[i])) for epoch, i in places]
+
+
+def each_once(n, batch_size, rank, world):
+    """This rank's batches of (0, index) for evaluation: over all ranks every index appears exactly once."""
+    starts = range(rank * batch_size, n, world * batch_size)
+    return [[(0, i) for i in range(s, min(s + batch_size, n))] for s in starts]
+
+
+def make_loader(dataset, batches, collate, workers, device):
+    """DataLoader over lists of keys (StepSampler, each_once): single-threaded workers, pinned memory for a GPU."""
+    leaving = torch.zeros(1).share_memory_()
+    atexit.register(leaving.fill_, 1)
+    start = {"persistent_workers": True, "worker_init_fn": partial(_start_worker, leaving)} if workers else {}
+    pin = device.type == "cuda"
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin, **start)
+
+
+def _start_worker(leaving, _):
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    # Schedulers signal all processes at once, but the main one needs the data of its last step: a worker ends when the
+    # loader says so, and on SIGTERM only if the main process is leaving, which then waits for its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: leaving.item() and os._exit(0))
+
+
+def save_checkpoint(out, step, state, keep_every=None):
+    """Write out/step-XXXXXXXX.pt on rank 0 and keep the newest two, plus the multiples of `keep_every` -> its path."""
+    path = Path(out) / f"step-{step:08d}.pt"
+    if _place()[0] == 0:
+        write_checkpoint(path, state)
+        found = _checkpoints(out)
+        for s in [s for s in found if s <= step][:-2]:
+            if not keep_every or s % keep_every:
+                found[s].unlink()
+        for s in [s for s in found if s > step]:  # a run is behind such a file only if it could not read it
+            found[s].rename(f"{found[s]}.torn")
+    return path
+
+
+def write_checkpoint(path, state):
+    """Replace `path` by `state`, tensors and plain values, read back first; OSError on a full disk, no file harmed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    try:
+        with open(new, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        read_checkpoint(new)
+        os.replace(new, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the name, too, survives a power cut
+        os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch turns the OSError of a full disk into a RuntimeError about offsets
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(f"{path}: not written ({reason}), older files are intact; make room and start again") from error
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def read_checkpoint(path, map_location="cpu"):
+    """Load a checkpoint, executing nothing in it; ValueError for one that is torn, altered or holds other objects."""
+    with open(path, "rb") as f:
+        try:
+            archive = zipfile.ZipFile(f)
+            if sum(entry.file_size for entry in archive.infolist()) > os.fstat(f.fileno()).st_size:
+                raise ValueError("unpacks to more than its own size")
+            if archive.testzip():  # PyTorch reads without comparing checksums: a flipped bit would become a weight
+                raise ValueError("checksum differs")
+            f.seek(0)
+            return torch.load(f, map_location=map_location, weights_only=True)
+        except Exception as error:  # which type it is depends on the damage
+            asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+            why = f"asks to run {asked[1]}, which was refused" if asked else sentence(error)
+            raise ValueError(f"{path}: not a whole checkpoint of tensors and plain values ({why})") from error
+
+
+def latest_checkpoint(out, map_location="cpu"):
+    """Newest readable step-*.pt -> (path, state), or None without any; torn ones are passed over with one warning."""
+    torn = ""
+    for path in reversed(_checkpoints(out).values()):
+        try:
+            state = read_checkpoint(path, map_location)
+        except ValueError as error:
+            torn += f"{error}; "
+            continue
+        if torn and _place()[0] == 0:
+            tqdm.write(f"warning: {torn}continuing from {path.name}")
+        return path, state
+    if torn:
+        raise ValueError(f"{torn}no readable checkpoint is left, choose another --out to begin again")
+
+
+def _checkpoints(out):
+    return {int(path.stem[5:]): path for path in sorted(Path(out).glob(f"step-{'[0-9]' * 8}.pt"))}
+
+
+class Log:
+    """One JSON object a line in out/log.jsonl, and the same to read on stdout; silent on every rank but 0.
+
+    `step` is where the run resumes: what an interrupted run logged beyond it is dropped, so that each step stands there
+    once. Step 0 begins a new file.
+    """
+
+    def __init__(self, out, rank, step=0):
+        self.path = Path(out) / "log.jsonl" if rank == 0 else None
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lines = self.path.read_text("utf-8").splitlines() if step and self.path.exists() else []
+            new = self.path.with_name(".log.jsonl.new")
+            new.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step), "utf-8")
+            os.replace(new, self.path)
+
+    def write(self, **values):
+        """Append a line of numbers, strings, lists, dicts; NaN and infinity, unknown to JSON, become strings."""
+        if self.path:
+            strict = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+            try:
+                with open(self.path, "a", encoding="utf-8") as f:
+                    f.write(json.dumps(strict, default=str) + "\n")
+            except OSError as error:
+                raise OSError(f"{self.path}: not written ({error}); make room and start again") from error
+            tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()))
+
+
+def _step_of(line):
+    try:
+        return json.loads(line).get("step", 0)
+    except ValueError:
+        return math.inf  # the half line of a killed process
+
+
+def check_settings(saved, now, ignore=()):
+    """Refuse to continue a run with settings it did not begin with: ValueError names each flag and both values."""
+    saved, now = ({k: json.dumps(v, default=str) for k, v in d.items() if k not in ignore} for d in (saved, now))
+    changed = [k for k in saved | now if saved.get(k) != now.get(k)]
+    if changed:
+        each = (f"--{k.replace('_', '-')} was {saved.get(k, 'absent')}, is {now.get(k, 'absent')}" for k in changed)
+        raise ValueError(f"{'; '.join(each)}: a run goes on as it began; take the old value or another --out")
+
+
+def commit():
+    """Short git commit of this folder, '-dirty' if files were changed since, or None; never fails."""
+    here = Path(__file__).resolve().parent
+    env = {**os.environ, "GIT_CEILING_DIRECTORIES": str(here.parent)}  # not of a project this one was copied into
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, env=env).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+@contextmanager
+def stop_on_signals():
+    """SIGTERM and SIGINT as a question that all ranks answer alike at a step boundary; a second Ctrl-C ends at once.
+
+    with stop_on_signals() as stop: ... if stop(): save_checkpoint(...); sys.exit(STOPPED)
+    """
+    asked = []
+
+    def ask(number, _):
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(sum_over_ranks(torch.tensor(len(asked))))  # on the CPU: no wait for a device
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def sentence(error):
+    """The one line of an exception that a user needs, also when a loader's worker wrapped it in its traceback."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"^[\w.]*(Error|Exception): ", "", lines[-1]) if "Original Traceback" in str(error) else lines[0]
