@@ -1,0 +1,415 @@
+"""Object proposals: boxes that may hold an object, for every image of a data set (paper Sec. 3.2, 4.1).
+
+    python proposals.py DATA/images runs/boxes                                    # EdgeBoxes, nothing to download
+    python proposals.py DATA/images runs/ss --kind selective-search --draws 10
+    python proposals.py DATA/train.json runs/gt --kind gt                         # the labelled boxes: an upper bound
+    torchrun --nproc-per-node 8 proposals.py DATA/images runs/boxes --workers 4   # or --shard i/n on n machines
+
+Read it from the top: boxes of one image, the cache, writing one, the command. Boxes are (x0, y0, x1, y1) in pixels of
+`data.load_image`'s frame (EXIF applied), far edge exclusive, best first; whole numbers, but for gt. Sizes are (w, h).
+
+A cache is a folder: plan.json (settings), list.json (all images of the source), boxes.npy (int16, or float32 where that
+is too small), scores.npy, offsets.npy, sizes.npy and, written last, meta.json (counts, rejected images with reasons).
+Draw d of image i has the rows from offsets[i * draws + d] to offsets[i * draws + d + 1].
+"""
+
+import argparse
+import ctypes
+import fcntl
+import json
+import os
+import shutil
+import struct
+import sys
+import zlib
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data import ImageList, list_images, load_image, randint, read_annotations, stream
+
+KINDS = ("edgeboxes", "selective-search", "random", "gt")
+DEFAULTS = {"kind": "edgeboxes", "max_boxes": 512, "draws": 1, "seed": 0, "edge_model": None}  # 512: released code
+MIN_SIDE = 16  # pixels; UP-DETR's limit
+FRAME = 320  # longest side of the edge map (ours: speed)
+
+# ---------------------------------------------------------------- boxes of one image
+
+
+def edge_boxes(image, max_boxes=512, forest=None):
+    """EdgeBoxes of a PIL image -> boxes (k, 4) float32, scores (k,) descending; one half-size box where it finds none.
+
+    forest: the structured-forest detector of the released code; None: `edge_map`. OpenCV's defaults are the released
+    parameters and stay; its least area of 1000 pixels is one of the edges' frame.
+    """
+    if forest:
+        edges = forest.detectEdges(np.asarray(image, np.float32) / 255)
+        normal = forest.computeOrientation(edges)
+        edges = forest.edgesNms(edges, normal)
+    else:
+        edges, normal = edge_map(image)
+    found = cv2.ximgproc.createEdgeBoxes(maxBoxes=max_boxes).getBoundingBoxes(edges, normal)
+    boxes, scores = to_pixels(*found, edges.shape[::-1], image.size)
+    if len(boxes):
+        return boxes, scores
+    w, h = image.size
+    return np.array([[w // 4, h // 4, w - w // 4, h - h // 4]], np.float32), np.zeros(1, np.float32)
+
+
+def edge_map(image):
+    """Thin colour edges of a PIL image -> strength in [0, 1] and angle of the normal in [0, pi), float32 (h, w).
+
+    The larger eigenvalue of the colour structure tensor in Lab, summed over two scales; less its mean around, against
+    texture; thinned along the normal; divided by its 99th percentile. All constants are ours, in pixels of FRAME.
+    """
+    scale = FRAME / max(image.size)
+    w, h = (max(MIN_SIDE, round(side * scale)) for side in image.size)
+    small = cv2.resize(np.asarray(image), (w, h), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    lab = cv2.cvtColor(small.astype(np.float32) / 255, cv2.COLOR_RGB2Lab)
+    tensor, colours = np.zeros((h, w, 3), np.float32), np.ones((1, 3), np.float32)
+    for sigma in (1, 2):
+        smooth = cv2.GaussianBlur(lab, (0, 0), sigma)
+        dx, dy = (cv2.Scharr(smooth, cv2.CV_32F, *axis, scale=sigma / 32) for axis in ((1, 0), (0, 1)))
+        tensor += cv2.merge([cv2.transform(product, colours) for product in (dx * dx, dy * dy, dx * dy)])
+    xx, yy, xy = cv2.split(cv2.GaussianBlur(tensor, (0, 0), 2))
+    gap, twice = cv2.cartToPolar(xx - yy, 2 * xy)  # eigenvalues (xx + yy +- gap) / 2, angle of the normal twice / 2
+    strength, normal = np.sqrt((xx + yy + gap) / 2), twice / 2
+    strength = np.maximum(strength - cv2.blur(strength, (49, 49)), 0)
+    x, y = np.arange(w, dtype=np.float32), np.arange(h, dtype=np.float32)[:, None]
+    beside = [(x + step * np.cos(normal), y + step * np.sin(normal)) for step in (-1, 1)]
+    beside = [cv2.remap(strength, *at, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE) for at in beside]
+    top = max(np.percentile(strength, 99), 4.0)  # Lab units; photographs have 5 to 27, an empty one's noise below 0.4
+    return np.minimum(strength / top, 1) * (strength >= np.maximum(*beside)), normal
+
+
+@lru_cache
+def load_forest(path):
+    """The detector for `forest`; raises ValueError when the file is missing or holds none."""
+    if Path(path).is_file():
+        try:  # OpenCV would divide by the number of trees unseen
+            options = cv2.FileStorage(str(path), cv2.FILE_STORAGE_READ).getNode("options")
+            if options.getNode("numberOfTrees").real() >= 1:
+                return cv2.ximgproc.createStructuredEdgeDetection(str(path))
+        except (cv2.error, SystemError):
+            pass
+    raise ValueError(
+        f"--edge-model {path} is missing or no structured forest: get OpenCV's model.yml.gz, or leave it out"
+    )
+
+
+def selective_search(image, max_boxes=512, seeds=(0,)):
+    """Selective Search, fast mode at 128 x 128 (released code) -> a list of (boxes, zero scores), one for each seed.
+
+    The draws are the same boxes in another order; the first are kept. OpenCV orders by libc's rand(), which obeys only
+    srand(): the one exception to torch's generator here.
+    """
+    search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
+    search.setBaseImage(cv2.resize(np.asarray(image)[..., ::-1], (128, 128)))  # wants BGR
+    search.switchToSelectiveSearchFast(150, 150, 0.8)  # base_k, inc_k, sigma: released code
+    draws = []
+    for seed in seeds:
+        ctypes.CDLL(None).srand(seed)
+        found = search.process()
+        draws.append(to_pixels(found, np.zeros(len(found)), (128, 128), image.size))
+    return [(boxes[:max_boxes], scores[:max_boxes]) for boxes, scores in draws]
+
+
+def random_boxes(size, count, g):
+    """UP-DETR's sampler: sides uniform in 8 .. side - 8, then corners uniform -> (count, 4) float32 and zero scores."""
+    size, u = torch.tensor(size), torch.rand(count, 4, dtype=torch.float64, generator=g)
+    sides = 8 + (u[:, :2] * (size - 15)).floor()
+    corners = (u[:, 2:] * (size - sides)).floor()
+    return torch.cat([corners, corners + sides], 1).float().numpy(), np.zeros(count, np.float32)
+
+
+def to_pixels(boxes, scores, frame, size):
+    """OpenCV's (x, y, w, h) in `frame` (w, h) -> xyxy in whole pixels of an image of `size`, none empty, none twice."""
+    if not len(boxes):  # then it gives (), None
+        return np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
+    boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1) * np.tile(np.divide(size, frame), 2)
+    boxes = np.rint(boxes).clip(0, np.tile(size, 2)).astype(np.float32)
+    first = np.sort(np.unique(boxes, axis=0, return_index=True)[1])
+    first = first[(boxes[first, :2] < boxes[first, 2:]).all(1)]
+    return boxes[first], np.ravel(scores)[first].astype(np.float32)
+
+
+# ---------------------------------------------------------------- the cache
+
+
+class Cache:
+    """The proposals of a data set, memory-mapped; `len`, kind, draws, sizes (n, 2), paths, rejected [(path, reason)].
+
+    Opening costs the same for any number of images. Raises ValueError when the folder holds no complete cache.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        try:
+            self.meta = read_json(self.path / "plan.json") | read_json(self.path / "meta.json")
+            arrays = [np.load(self.path / f"{name}.npy", "r") for name in ("boxes", "scores", "offsets", "sizes")]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is no whole proposal cache ({error}): write it with proposals.py") from error
+        self._boxes, self._scores, self._offsets, self.sizes = arrays
+        self.kind, self.draws = self.meta["kind"], self.meta["draws"]
+        self.rejected = [tuple(row) for row in self.meta["rejected"]]
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __reduce__(self):
+        return Cache, (self.path,)  # a process that is sent one maps the files itself
+
+    def _rows(self, index, epoch):
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.path} has images 0 to {len(self) - 1}, not {index}")
+        at = index * self.draws + epoch % self.draws
+        return slice(self._offsets[at], self._offsets[at + 1])
+
+    def boxes(self, index, epoch=0):
+        """(k, 4) float32 xyxy of image `index`, best first, in draw `epoch` modulo the number of draws."""
+        return np.array(self._boxes[self._rows(index, epoch)], np.float32)
+
+    def scores(self, index, epoch=0):
+        return np.array(self._scores[self._rows(index, epoch)])
+
+    @cached_property
+    def paths(self):
+        rejected = dict(self.rejected)
+        return [path for path in read_json(self.path / "list.json") if path not in rejected]
+
+    def image_list(self, source):
+        """The accepted images of `source`, in the cache's order; ValueError when it has lost or gained files."""
+        root, paths = list_images(source)
+        same_files(self.path, source, paths, self.paths, dict(self.rejected))
+        return ImageList(root, self.paths)
+
+
+def same_files(out, source, paths, accepted, rejected=()):
+    """Raise ValueError naming the first file that `source` has lost or gained since `out` was begun; rejects may go."""
+    lost, gained = set(accepted).difference(paths), set(paths).difference(accepted, rejected)
+    for change, files in (("lost", lost), ("gained", gained)):
+        if files:
+            text = f"{source} has {change} {min(files)!r}" + f" and {len(files) - 1} more files" * (len(files) > 1)
+            raise ValueError(f"{text} since the proposals in {out} were begun: undo that, or give another OUT")
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def write_json(path, value):
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(value, indent=0))  # ASCII, which any file name survives
+    os.replace(draft, path)
+
+
+# ---------------------------------------------------------------- writing one
+
+
+def write_cache(source, out, workers=1, shard=(0, 1), **settings):
+    """Write, or go on writing, the proposals of `source` in the folder `out` -> its Cache, None if shards are missing.
+
+    settings: those of DEFAULTS. A shard is a run of images, appended to one file in order: a kill costs only what the
+    workers had in hand. Who completes the last shard joins them all: workers, shards and kills leave no trace.
+    Raises ValueError when `out` is in use or holds anything else, when `source` changed, or a setting is bad.
+    """
+    out, settings = Path(out), DEFAULTS | settings
+    images, labels, plan = prepare(source, workers, shard, **settings)
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "a") as lock:  # locks end with this block or the process
+        fcntl.lockf(lock, fcntl.LOCK_EX, 1, 0)  # byte 0: who sets up or joins, others wait
+        if begin(out, settings | plan, source, images.paths):
+            return Cache(out)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 1 + shard[0])  # byte 1 + i: who writes shard i
+        except OSError as error:
+            raise ValueError(f"another process is writing {out}: wait for its end, or give another OUT") from error
+        fcntl.lockf(lock, fcntl.LOCK_UN, 1, 0)
+        parts = [out / "parts" / str(i) for i in range(shard[1])]
+        ends = [len(images.paths) * i // shard[1] for i in range(shard[1] + 1)]
+        fill(parts[shard[0]], range(*ends[shard[0] : shard[0] + 2]), workers, partial(record, images, labels, settings))
+        fcntl.lockf(lock, fcntl.LOCK_EX, 1, 0)
+        if (out / "meta.json").is_file() or join(out, parts, images, settings["kind"]):
+            return Cache(out)
+
+
+def prepare(source, workers, shard, kind, max_boxes, draws, seed, edge_model):
+    """(ImageList, (size, boxes) of each image for gt, what else must not change); ValueError on bad settings."""
+    labels, plan = [], {"version": 1, "shards": shard[1]}
+    if kind not in KINDS or min(max_boxes, draws, workers) < 1 or seed < 0 or not 0 <= shard[0] < shard[1]:
+        raise ValueError(
+            f"want kind of {KINDS}, max-boxes, draws, workers from 1, seed from 0, shard i/n with i from 0 to n - 1"
+        )
+    if (draws > 1 and kind in ("edgeboxes", "gt")) or (edge_model and kind != "edgeboxes"):
+        raise ValueError(f"--kind {kind}: --draws is for random and selective-search, --edge-model for edgeboxes")
+    if kind in ("edgeboxes", "selective-search") and not hasattr(cv2, "ximgproc"):
+        raise ValueError("this OpenCV has no ximgproc: uninstall it and install opencv-contrib-python-headless")
+    if edge_model:
+        load_forest(edge_model)
+    if kind != "gt":
+        return list_images(source), [], plan
+    found = read_annotations(source)
+    for image, boxes, crowd in zip(found.images, found.boxes_xyxy, found.crowd, strict=True):
+        labels.append(((image["width"], image["height"]), boxes[~crowd].numpy()))
+    plan["labels"] = sum(float(boxes.sum()) for _, boxes in labels)  # enough to notice an edit
+    return ImageList(found.root, [image["path"] for image in found.images]), labels, plan
+
+
+def begin(out, plan, source, paths):
+    """True when `out` is complete; else it has a plan, old or new, to go on with. ValueError where that is another."""
+    if not (out / "plan.json").is_file():
+        strange = [f.name for f in out.iterdir() if f.name not in ("lock", "parts", "list.json") and f.name[0] != "."]
+        if strange:
+            raise ValueError(f"{out} is no proposal cache, it holds {strange[0]}: give a new folder as OUT")
+        (out / "parts").mkdir(exist_ok=True)
+        write_json(out / "list.json", paths)
+        write_json(out / "plan.json", plan)
+    old, known, complete = read_json(out / "plan.json"), read_json(out / "list.json"), (out / "meta.json").is_file()
+    for name in plan:
+        if old.get(name) != plan[name] and not (complete and name == "shards"):
+            raise ValueError(
+                f"{out} was begun with {name} {old.get(name)}, not {plan[name]}: give that, or another OUT"
+            )
+    same_files(out, source, paths, known)
+    if paths != known:
+        raise ValueError(f"{source} lists its images in another order than when {out} was begun: give another OUT")
+    return complete
+
+
+def fill(part, indices, workers, make):
+    """Append to the file `part` the records that it lacks of the images `indices`, made by `workers` processes."""
+    with open(part, "a+b") as file:
+        ends = [0, *(end for _, _, end in records(part))]
+        file.truncate(ends[-1])  # a kill may have torn the last
+        todo, pause = indices[len(ends) - 1 :], 0.5 if sys.stderr.isatty() else 30
+        loader = DataLoader(todo, batch_size=None, collate_fn=make, num_workers=min(workers, len(todo)))
+        try:
+            for data in tqdm(loader, total=len(indices), initial=len(ends) - 1, unit="image", mininterval=pause):
+                file.write(data)
+                file.flush()
+        except (RuntimeError, cv2.error) as error:
+            last = str(error).strip().splitlines()[-1]
+            raise ValueError(f"a worker failed ({last}): run the same command again, with fewer --workers") from error
+
+
+def record(images, labels, settings, index):
+    """Length, CRC, a json line, boxes, scores; the json is [w, h, boxes of each draw], or why the image is rejected."""
+    cv2.setNumThreads(1)
+    try:
+        image = load_image(images.root / images.paths[index])
+        if min(image.size) < MIN_SIDE:
+            raise ValueError(f"{image.width} x {image.height} pixels: a side is shorter than {MIN_SIDE}")
+        if labels and labels[index][0] != image.size:
+            raise ValueError(f"its json says {labels[index][0]}, training sees {image.size}: boxes of another frame")
+    except ValueError as error:
+        head, body = str(error.__cause__ or error), b""
+    else:
+        draws = propose(image, labels and labels[index][1], index, **settings)
+        head = [*image.size, *(len(boxes) for boxes, _ in draws)]
+        body = b"".join(array.astype("<f4").tobytes() for column in zip(*draws, strict=True) for array in column)
+    payload = json.dumps(head).encode() + b"\n" + body
+    return struct.pack("<II", len(payload), zlib.crc32(payload)) + payload
+
+
+def propose(image, labels, index, kind, max_boxes, draws, seed, edge_model):
+    """[(boxes, scores)] of an image, one pair for each draw."""
+    if kind == "edgeboxes":
+        return [edge_boxes(image, max_boxes, edge_model and load_forest(edge_model))]
+    if kind == "gt":
+        boxes = labels[:max_boxes].clip(0, np.tile(image.size, 2))
+        return [(boxes, np.ones(len(boxes)))]
+    streams = [stream(seed, index, draw) for draw in range(draws)]
+    if kind == "random":
+        return [random_boxes(image.size, max_boxes, g) for g in streams]
+    return selective_search(image, max_boxes, [randint(0, 2**31 - 1, g) for g in streams])
+
+
+def records(*parts):
+    """(head, body, end in its file) of the records of part files in order, each up to a damaged record or its end."""
+    for part in parts:
+        with open(part, "rb") as file:
+            while len(start := file.read(8)) == 8:
+                length, crc = struct.unpack("<II", start)
+                payload = file.read(length)
+                if zlib.crc32(payload) != crc:
+                    break
+                head, _, body = payload.partition(b"\n")
+                yield json.loads(head), body, file.tell()
+
+
+def join(out, parts, images, kind):
+    """Make the arrays from all shards, meta.json last; False when an image is missing."""
+    heads = [head for head, _, _ in records(*filter(Path.is_file, parts))]
+    if len(heads) < len(images.paths):
+        return False
+    rejected = [(path, head) for path, head in zip(images.paths, heads, strict=True) if isinstance(head, str)]
+    table = np.array([head for head in heads if not isinstance(head, str)], np.int64)
+    if not len(table):
+        raise ValueError(f"all {len(heads)} images are rejected, the first, {images.paths[0]!r}, for: {heads[0]}")
+    sizes, counts, end = table[:, :2], table[:, 2:], 0
+    wide = kind == "gt" or sizes.max() >= 2**15  # labelled boxes have fractions
+    boxes = open_memmap(out / "boxes.npy", "w+", np.float32 if wide else np.int16, (counts.sum(), 4))
+    scores = open_memmap(out / "scores.npy", "w+", np.float32, (counts.sum(),))
+    for _, body, _ in records(*parts):
+        rows = np.frombuffer(body, "<f4")
+        start, end = end, end + len(rows) // 5
+        boxes[start:end], scores[start:end] = rows[: 4 * (end - start)].reshape(-1, 4), rows[4 * (end - start) :]
+    np.save(out / "offsets.npy", np.append(0, counts.cumsum()))
+    np.save(out / "sizes.npy", sizes.astype(np.int32))
+    meta = {"images": len(sizes), "boxes": len(boxes), "root": str(images.root), "rejected": rejected}
+    write_json(out / "meta.json", meta)
+    shutil.rmtree(out / "parts")
+    return True
+
+
+# ---------------------------------------------------------------- the command
+
+
+def parse_args(argv=None):
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description="Write the object proposals of a data set.", formatter_class=formatter)
+    parser.add_argument("source", metavar="IMAGES", help="a folder, a text file of paths or a COCO json")
+    parser.add_argument("out", metavar="OUT", help="folder of the cache; the same command again goes on with it")
+    g = parser.add_argument_group("boxes")
+    g.add_argument("--kind", choices=KINDS, help="gt: those of the json")
+    g.add_argument("--edge-model", metavar="FILE", help="structured forest (OpenCV's model.yml.gz) for edgeboxes")
+    g.add_argument("--max-boxes", type=int, help="of an image")
+    g.add_argument("--draws", type=int, help="of random and selective-search; epoch e takes e modulo draws")
+    g.add_argument("--seed", type=int, help="of random and selective-search")
+    g = parser.add_argument_group("run")
+    g.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    place = f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
+    g.add_argument("--shard", type=shard, default=place, metavar="I/N", help="part I, from 0, of N; torchrun sets it")
+    parser.set_defaults(**DEFAULTS)
+    return parser.parse_args(argv)
+
+
+def shard(text):
+    part, count = map(int, text.split("/"))
+    return part, count
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        cache = write_cache(**vars(args))
+    except (ValueError, OSError) as error:
+        print(f"proposals.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    if cache is None:
+        print(f"{args.out}: shard {args.shard[0]} of {args.shard[1]} is done, the last one completes the cache")
+        return
+    boxes, rejected = cache.meta["boxes"], cache.rejected
+    print(f"{args.out} is complete: {cache.kind}, {len(cache)} images, {boxes} boxes, {len(rejected)} images rejected")
+    for path, reason in rejected[:5]:
+        print(f"  rejected {path!r}: {reason}")
+
+
+if __name__ == "__main__":
+    main()
