@@ -1,0 +1,300 @@
+"""Two views of one photograph with matched regions (paper Sec. 3.2, Figure 3), and the batches made of them.
+
+Read in this order: `ViewDataset.__getitem__`, the IoU-constrained rectangles, which are the heart, boxes, pixels.
+Rectangles and names ending in `_xyxy` are (x0, y0, x1, y1) pixels of the base image, the photograph at its drawn size;
+the boxes of a batch are (cx, cy, w, h) in [0, 1] of their own unpadded view.
+
+    python views.py [IMAGE] [OUT.png] [--proposals CACHE] [--seed 0]    # draws a pair, matched regions in one colour
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.ops import box_convert
+
+from data import ImageList, load_image, pad_stack, resize_size, stream
+
+cv2.setNumThreads(1)  # one process per core; OpenCV's own threads fight the loader's workers and do not survive a fork
+SHORT_SIDES = {  # recipe -> the short sides, one drawn per item, and the longest side (released code, without 384)
+    "imagenet": ((320, 336, 352, 368, 400, 416, 432, 448, 464, 480), 600),
+    "coco": ((480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800), 1333),
+}
+MIN_SIDE = 16  # smaller photographs are refused, here as by proposals.py (ours)
+MIN_AREA, MAX_ASPECT = 0.05, 8.0  # of a region: share of the overlap; of a random one, either way (released code)
+PAD_JITTER = 0.1  # largest shift of a repeated region, as a fraction of its side (released code)
+LUMA = np.array([0.299, 0.587, 0.114])  # grey = LUMA . rgb, as in PIL
+UNIT = (0.0, 0.0, 1.0, 1.0)
+
+
+class ViewBatch(NamedTuple):  # an item is one without the B axis and the mask; its index is an int, its fallback a bool
+    x: Tensor  # (V, B, 3, H0, W0) uint8, augmented, to be normalised on the device
+    mask: Tensor | None  # (V, B, H0, W0), True = padding
+    boxes: Tensor  # (V, B, R, 4) clean targets: region r shows the same content in both views, region 0 is the overlap
+    rois: Tensor  # (V, B, R, 4) the same, jittered: only for the query's RoIAlign
+    valid: Tensor  # (V, B, R)
+    crops: Tensor | None  # (V, B, R, 3, 128, 128) uint8
+    index: Tensor  # (B,) position in the image list
+    fallback: Tensor  # (B,) no proposal survived, the regions are random
+
+    def to(self, device, non_blocking=True):
+        return ViewBatch(*(v if v is None else v.to(device, non_blocking=non_blocking) for v in self))
+
+
+class ViewDataset(Dataset):
+    """Pairs of views: `dataset[epoch, index]` depends on (seed, epoch, index) only, not on workers, ranks or order.
+
+    `proposals.boxes(index, epoch)` gives (k, 4) xyxy in `load_image`'s frame, best first; None means random regions.
+    Raises ValueError naming a bad setting or a bad file, which is never replaced by another.
+    """
+
+    def __init__(self, images: ImageList, proposals=None, *, method="siamese", num_regions=10, tau=0.5,
+                 short_sides=SHORT_SIDES["imagenet"][0], longest=SHORT_SIDES["imagenet"][1], jitter=0.1, crop_size=128,
+                 crops=True, augment=True, seed=0):  # fmt: skip
+        if method != "siamese":
+            raise ValueError(f"method {method!r} has no views yet: only 'siamese' has")
+        if not (0 < tau <= 1 and num_regions >= 1 and 0 <= jitter < 0.5):  # from 0.5 on, jitter turns boxes inside out
+            raise ValueError(f"tau {tau}, num_regions {num_regions}, jitter {jitter}: want (0, 1], 1 or more, [0, 0.5)")
+        self.images, self.proposals, self.num_regions, self.tau = images, proposals, num_regions, tau
+        self.short_sides, self.longest, self.jitter, self.seed = tuple(short_sides), longest, jitter, seed
+        self.crop_size, self.crops, self.augment = crop_size, crops, augment
+
+    def __len__(self):
+        return len(self.images.paths)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        g = stream(self.seed, epoch, index)
+        path = Path(self.images.root) / self.images.paths[index]
+        image = load_image(path)
+        if min(image.size) < MIN_SIDE:
+            raise ValueError(f"{path}: {image.width} x {image.height} pixels, a view needs {MIN_SIDE}: leave it out")
+        base = resize_size(*image.size, self.short_sides[int(uniform(g, 0, len(self.short_sides)))], self.longest)
+        flip = uniform(g) < 0.5  # one coin for both views (released code); SimSiam flips each on its own
+        outer, *rects = two_rectangles(*base, self.tau, g)
+        overlap = clip(row(*rects[0]), rects[1])[0].tolist()
+        proposals = torch.empty(0, 4) if self.proposals is None else torch.tensor(self.proposals.boxes(index, epoch))
+        proposals = map_boxes(proposals, (0, 0, *image.size), (0, 0, *base))
+        if flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            proposals = map_boxes(proposals, (0, 0, *base), (base[0], 0, 0, base[1]))[:, [2, 1, 0, 3]]
+        regions, fallback = choose_regions(proposals, overlap, self.num_regions, g)
+        boxes = torch.stack([map_boxes(regions, rect, UNIT) for rect in rects])  # (V, R, 4), in [0, 1] to the last bit
+        rois = jitter_boxes(boxes, self.jitter, g, UNIT)  # from the item's key; the released code draws on the device
+        views = [cut(image, rect, base, (outer[2] - outer[0], outer[3] - outer[1])) for rect in rects]
+        colour, side, crops = g if self.augment else None, (self.crop_size, self.crop_size), None
+        x = stack_images(views, colour)
+        if self.crops:  # Eq. (5) crops the augmented views; released code: the clean ones, each crop recoloured
+            crops = [[cut(v, box, (1, 1), side) for box in b] for v, b in zip(views, boxes.tolist(), strict=True)]
+            crops = stack_images(crops, colour)
+        boxes, rois = (box_convert(b, "xyxy", "cxcywh").float() for b in (boxes, rois))
+        fallback, valid = fallback and self.proposals is not None, torch.ones(boxes.shape[:2], dtype=torch.bool)
+        return ViewBatch(x, None, boxes, rois, valid, crops, index, fallback)
+
+
+def collate_views(items):
+    """Join items into a ViewBatch; views are padded at the bottom and right to the largest of the whole batch."""
+    x, _, boxes, rois, valid, crops, index, fallback = zip(*items, strict=True)
+    x, mask = pad_stack([view for views in zip(*x, strict=True) for view in views])  # (V*B, 3, H0, W0), view 1's first
+    boxes, rois, valid, crops = (None if f[0] is None else torch.stack(f, dim=1) for f in (boxes, rois, valid, crops))
+    x, mask = (field.unflatten(0, (len(boxes), -1)) for field in (x, mask))
+    return ViewBatch(x, mask, boxes, rois, valid, crops, torch.tensor(index), torch.tensor(fallback))
+
+
+def scaled(recipe, resolution=None):
+    """A recipe's (short sides, longest side), times `resolution` / 384 (imagenet) or / 640 (coco)."""
+    (short_sides, longest), nominal = SHORT_SIDES[recipe], {"imagenet": 384, "coco": 640}[recipe]
+    factor = (resolution or nominal) / nominal
+    return tuple(max(1, round(side * factor)) for side in short_sides), max(1, round(longest * factor))
+
+
+# ---------------------------------------------------------------- the IoU-constrained rectangles
+def two_rectangles(width, height, tau, g, shrink=True):
+    """Draw (outer, rect1, rect2), integer xyxy with IoU(rect1, rect2) >= tau (paper Sec. 3.2)."""
+    outer = outer_rectangle(width, height, g)  # Figure 3 (a)
+    u1, u2 = (uniform(g), uniform(g)) if shrink else (0.0, 0.0)
+    a, b = round_pair(*diagonal_pair(outer, tau, u1, u2))  # Figure 3 (b)
+    return (outer, a, b) if uniform(g) < 0.5 else (outer, b, a)  # view 1 is the upper left one half of the time
+
+
+def outer_rectangle(width, height, g):
+    """Figure 3 (a): a rectangle over 50 to 100 % of the image, aspect 3/4 to 4/3 (released code)."""
+    for _ in range(10):
+        area, aspect = uniform(g, 0.5, 1.0) * width * height, math.exp(uniform(g, math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            x0, y0 = int(uniform(g, 0, width - w + 1)), int(uniform(g, 0, height - h + 1))
+            return x0, y0, x0 + w, y0 + h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))  # ten misses: the largest, centred
+    x0, y0 = (width - w) // 2, (height - h) // 2
+    return x0, y0, x0 + w, y0 + h
+
+
+def diagonal_pair(outer, tau, u1=0.0, u2=0.0):
+    """Figure 3 (b): two views on both sides of the centre, along the diagonal of `outer`, as float xyxy (a, b).
+
+    In units of the outer sides, views of side s = (1 + r) / 2 overlap in a square of side r, so that IoU = tau where
+    r^2 / (2 s^2 - r^2) = tau, that is (tau + 2) r^2 - 2 tau r - tau = 0. The paper expands the views while IoU > tau;
+    the released code starts at tau and moves each outer corner back in by the share u in [0, 1] of the margin
+    (1 - r) / 2, of which this is the closed form. The overlap stays, so IoU only grows.
+    """
+    x0, y0, x1, y1 = outer
+    r = (tau + math.sqrt(2 * tau * (tau + 1))) / (tau + 2)
+    dx, dy = (1 - r) / 2 * (x1 - x0), (1 - r) / 2 * (y1 - y0)
+    return (x0 + u1 * dx, y0 + u1 * dy, x1 - dx, y1 - dy), (x0 + dx, y0 + dy, x1 - u2 * dx, y1 - u2 * dy)
+
+
+def round_pair(a, b):
+    """Round a pair to integers so that its IoU cannot fall: the overlap outward, the outer corners inward.
+
+    Pixels and boxes both use the result; the released code rounds the pixels only, which sets them 0.7 px apart.
+    """
+    near, far = (math.floor(b[0]), math.floor(b[1])), (math.ceil(a[2]), math.ceil(a[3]))  # of the overlap
+    first = min(math.ceil(a[0]), near[0]), min(math.ceil(a[1]), near[1])  # never past the overlap's
+    last = max(math.floor(b[2]), far[0]), max(math.floor(b[3]), far[1])
+    return first + far, near + last
+
+
+def uniform(g, low=0.0, high=1.0):
+    return low + (high - low) * torch.rand((), generator=g, dtype=torch.float64).item()
+
+
+# ---------------------------------------------------------------- boxes, in float64 until they leave
+def map_boxes(boxes_xyxy, source, target):
+    """Carry (k, 4) boxes to the coordinates in which the rectangle `source` becomes `target`, both xyxy.
+
+    From the base image into the view cut at `rect`, as fractions of its sides: (rect, UNIT); back: (UNIT, rect).
+    """
+    size, new_size = ((r[2] - r[0], r[3] - r[1]) for r in (source, target))
+    return (boxes_xyxy - row(*source[:2])) * row(*new_size) / row(*size) + row(*target[:2])
+
+
+def choose_regions(boxes_xyxy, overlap, count, g):
+    """Figure 3 (c): the overlap and `count` - 1 proposals in it, (count, 4) xyxy, and whether none survived.
+
+    Proposals are clipped to the overlap and kept, best first, if they fill 5 % of it, the same share in both views
+    (released code; the paper picks at random). Too few are repeated in turn with jitter, none gives random boxes.
+    """
+    boxes = clip(boxes_xyxy, overlap)  # the released code clips one pixel short and drops boxes for float noise
+    sides = boxes[:, 2:] - boxes[:, :2]
+    smallest = MIN_AREA * (overlap[2] - overlap[0]) * (overlap[3] - overlap[1])
+    boxes = boxes[(sides > 0).all(dim=1) & (sides.prod(dim=1) >= smallest)]
+    fallback = len(boxes) == 0
+    boxes = random_regions(overlap, g) if fallback else boxes
+    chosen = boxes[torch.arange(count - 1) % len(boxes)]
+    chosen[len(boxes) :] = jitter_boxes(chosen[len(boxes) :], PAD_JITTER, g, overlap)
+    return torch.cat([row(*overlap), chosen]), fallback
+
+
+def random_regions(overlap, g):
+    """Those of 100 random boxes with 5 % of the overlap's area and aspect 1/8 to 8, about half (released code)."""
+    x0, y0, x1, y1 = overlap
+    u = torch.rand(100, 4, generator=g, dtype=torch.float64)
+    left, top = x0 + u[:, 0] * (x1 - x0), y0 + u[:, 1] * (y1 - y0)
+    h = u[:, 2] * (y1 - top)
+    narrowest, widest = MIN_AREA * (x1 - x0) * (y1 - y0) / h, x1 - left
+    w = narrowest + u[:, 3] * (widest - narrowest)
+    fits = (narrowest < widest) & (w <= MAX_ASPECT * h) & (h <= MAX_ASPECT * w)
+    return clip(torch.stack([left, top, left + w, top + h], dim=1)[fits], overlap)
+
+
+def jitter_boxes(boxes, ratio, g, bounds):
+    """Shift each coordinate by side * ratio * (2 sigmoid(n) - 1), n ~ N(0, 1), and clip (box jitter of Sec. 3.2)."""
+    noise = 2 * torch.randn(boxes.shape, generator=g, dtype=boxes.dtype).sigmoid() - 1
+    return clip(boxes + (boxes[..., 2:] - boxes[..., :2]).tile(2) * ratio * noise, bounds)
+
+
+def clip(boxes, bounds):
+    return boxes.clamp(row(*bounds[:2]), row(*bounds[2:]))
+
+
+def row(*values):  # (1, 4) of four values, or of (x, y) twice
+    return torch.tensor([values * (4 // len(values))], dtype=torch.float64)
+
+
+# ---------------------------------------------------------------- pixels
+def cut(image, rect, frame, size):
+    """Cut `rect`, in coordinates in which the image measures `frame`, and resize it to `size`: a PIL image.
+
+    One antialiased bilinear pass from source to view: PIL takes fractions, so pixels lie exactly where boxes say.
+    """
+    box = [value * side / unit for value, side, unit in zip(rect, image.size * 2, frame * 2, strict=True)]
+    return image.resize(size, Image.Resampling.BILINEAR, box=box, reducing_gap=3.0)
+
+
+def stack_images(images, g=None):
+    """Nested list of PIL images -> (..., 3, h, w) uint8, each with its colours changed by a draw of its own from g."""
+    images = np.stack(images)  # (..., h, w, 3)
+    flat = images.reshape(-1, *images.shape[-3:])
+    for i, colour in enumerate(draw_colour(g, len(flat)).tolist() if g else ()):
+        flat[i] = change_colour(flat[i], colour)
+    return torch.from_numpy(images).movedim(-1, -3)
+
+
+def draw_colour(g, count):
+    """Draw `count` colour changes as SimSiam does: (count, 11), a row per call of `change_colour`."""
+    u = torch.rand(count, 12, generator=g, dtype=torch.float64)
+    jitter, gray = u[:, :1] < 0.8, u[:, 9:10] < 0.2
+    factors, hue = 0.6 + 0.8 * u[:, 1:4], 0.2 * u[:, 4:5] - 0.1  # of brightness, contrast, saturation; of the circle
+    order = u[:, 5:9].argsort(dim=1)  # in which these four act
+    sigma = torch.where(u[:, 10:11] < 0.5, 0.1 + 1.9 * u[:, 11:12], 0.0)  # in pixels, 0 = no blur
+    return torch.cat([jitter, factors, hue, order, gray, sigma], dim=1)
+
+
+def change_colour(image, colour):
+    """Apply a row of `draw_colour` to (h, w, 3) uint8, by OpenCV: 0.6 grey levels from PIL (blur, hue rounding)."""
+    jitter, brightness, contrast, saturation, hue, *order, gray, sigma = colour
+    for step in order if jitter else ():
+        factor = (brightness, contrast, saturation, hue)[int(step)]
+        if step == 3:
+            hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
+            hsv[..., 0] += np.uint8(int(factor * 255) % 256)  # wraps: the hue is a circle of 256 steps
+            image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+            continue
+        affine = factor * np.eye(3, 4)  # factor * image + (1 - factor) * (black | its mean grey | its grey)
+        affine[:, 3] = -0.5  # OpenCV rounds, PIL truncates
+        if step == 1:
+            affine[:, 3] += (1 - factor) * (LUMA @ cv2.mean(image)[:3])
+        elif step == 2:
+            affine[:, :3] += (1 - factor) * LUMA
+        image = cv2.transform(image, affine)
+    image = cv2.transform(image, np.tile(LUMA, (3, 1))) if gray else image
+    return cv2.GaussianBlur(image, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE) if sigma else image
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw the two views of a photograph, matched regions in one colour.")
+    parser.add_argument("image", nargs="?", help="a photograph; default: the portrait that comes with matplotlib")
+    parser.add_argument("out", nargs="?", default="pair.png", help="default: %(default)s")
+    parser.add_argument("--proposals", help="cache of proposals.py that holds the image; default: random regions")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    args = parser.parse_args()
+    from matplotlib.cbook import get_sample_data  # a view needs none of these three
+
+    from plots import save_pair
+    from proposals import Cache
+
+    try:
+        path = Path(args.image or get_sample_data("grace_hopper.jpg", asfileobj=False)).absolute().as_posix()
+        proposals = Cache(args.proposals) if args.proposals else None
+        names = proposals.paths if proposals else [Path(path).name]
+        name = max((name for name in names if path.endswith(f"/{name}")), key=len, default=None)
+        if name is None:
+            raise ValueError(f"{args.proposals} has no proposals for {path}: name an image it was made for")
+        images, index = ImageList(Path(path.removesuffix(name)), names), names.index(name)
+        item = ViewDataset(images, proposals, seed=args.seed)[0, index]
+        save_pair(args.out, item.x, item.boxes, title=f"{name}, seed {args.seed}")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(f"{args.out}: {item.boxes.shape[1]} regions in two views of {item.x.shape[3]} x {item.x.shape[2]} pixels")
+
+
+if __name__ == "__main__":
+    main()
