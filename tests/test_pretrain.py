@@ -1,0 +1,236 @@
+"""The pretraining loop: it learns, it resumes bit for bit, and its report tells whether regions are used."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import losses
+from model import VARIANTS, Prediction
+from pretrain import RECIPES, best_of_group, build_data, inputs, main, paired_iou, parse_args, region_report
+from runtime import Run, latest_checkpoint
+from views import collate_views
+
+TINY = ["--backbone", "resnet18", "--backbone-weights", "random", "--hidden-dim", "32", "--enc-layers", "1",
+        "--dec-layers", "2", "--num-queries", "6", "--num-regions", "3", "--dropout", "0", "--resolution", "64",
+        "--batch-size", "4", "--steps", "6", "--workers", "0", "--log-every", "1", "--save-every", "3", "--lr", "1e-3",
+        "--device", "cpu"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Twenty pictures with something in them."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        image = np.repeat(np.repeat(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8), 16, 0), 16, 1)
+        Image.fromarray(image).save(folder / f"{i:02}.png")
+    return folder
+
+
+def pretrain(photos, out, *flags):
+    return main(["--data", str(photos), "--out", str(out), *TINY, *flags])
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def weights(out):
+    state = latest_checkpoint(out)[1]
+    return {**state["model"], **state["pretext"]}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_run_writes_settings_terms_report_and_picture(photos, tmp_path):
+    assert pretrain(photos, tmp_path) == 0
+    lines = log(tmp_path)
+    assert lines[0]["settings"]["tau"] == 0.5 and lines[0]["weights"] == {
+        "class": 1, "l1": 5, "giou": 2, "region": 5, "global": 10}  # fmt: skip
+    terms = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in terms] == [1, 2, 3, 4, 5, 6]
+    assert {"class", "l1", "giou", "region", "global", "own_group", "grad_norm"} <= terms[0].keys()
+    reports = [line for line in lines if "iou_own" in line]
+    assert [line["step"] for line in reports] == [3, 6] and "iou_gain_95" in reports[0]
+    assert (tmp_path / "regions-00000006.png").stat().st_size > 10_000
+    state = latest_checkpoint(tmp_path)[1]
+    assert state["meta"]["build"]["variant"] == "conditional" and state["step"] == 6
+
+
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(photos, tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    pretrain(photos, whole)
+    pretrain(photos, parts)
+    (parts / "step-00000006.pt").unlink()  # as if it was killed after step 3
+    assert pretrain(photos, parts, "--workers", "1") == 0
+    assert same(weights(whole), weights(parts))
+    assert [line["step"] for line in log(parts)] == [line["step"] for line in log(whole)]
+    assert pretrain(photos, parts) == 0 and "finished" in capsys.readouterr().out
+    assert pretrain(photos, parts, "--tau", "0.7") == 2 and "--tau was 0.5, is 0.7" in capsys.readouterr().err
+
+
+def test_accumulation_changes_nothing_but_batch_norm(photos, tmp_path):
+    pretrain(photos, tmp_path / "one", "--no-global")
+    pretrain(photos, tmp_path / "two", "--no-global", "--micro-batch", "2")
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    # views of one micro-batch are padded to a common size, so convolutions see other borders: close, not equal
+    assert all(torch.allclose(a[k].float(), b[k].float(), atol=2e-2) for k in a)
+
+
+def test_loss_falls_on_a_repeated_batch(photos):
+    args = parse_args(["--data", str(photos), "--out", "unused", *TINY])
+    net, batch = tiny_net(args), batch_of(args, 4)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-3)
+    totals = []
+    for _ in range(12):
+        terms, _ = losses.siamese_losses(net(*inputs(batch)), batch, net.f_sem)
+        total = losses.weighted_sum(terms, {"class": 1, "l1": 5, "giou": 2, "region": 5, "global": 10})
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        totals.append(total.item())
+    assert totals[-1] < 0.8 * totals[0]
+    assert sum(v.numel() for v in terms.values()) == 4 * 2 + 1  # four terms a layer and the global one
+
+
+def tiny_net(args):
+    from pretrain import build_net
+
+    torch.manual_seed(0)
+    return build_net(args, Run(torch.device("cpu"), 0, 1))
+
+
+def batch_of(args, n):
+    train_set, _ = build_data(args, Run(torch.device("cpu"), 0, 1))
+    return collate_views([train_set[0, i] for i in range(n)])
+
+
+def test_report_sees_regions_used_and_ignored(photos):
+    """A detector that reads the answer off z scores 1, and less when regions are exchanged; a deaf one does not."""
+    args = parse_args(["--data", str(photos), "--out", "unused", *TINY])
+    _, held_out = build_data(args, Run(torch.device("cpu"), 0, 1))
+
+    class Oracle:
+        """Takes the boxes of the other view for features and answers with them."""
+
+        eval = train = lambda self: None
+
+        def __init__(self, listens):
+            self.detector, self.region_strides, self.strides, self.listens = self, (32,), (32,), listens
+            self.f_sem = self.patch2query = self.centre_z = nn.Identity()
+
+        def features(self, x, strides):
+            return {32: x}
+
+        def encode(self, h, mask):
+            return None
+
+        def region_features(self, h, boxes, mask):
+            return boxes.roll(len(boxes) // 2, 0)  # so that swapping views hands each view its own boxes
+
+        def region_targets(self, h, mask, boxes, crops):
+            return boxes.roll(len(boxes) // 2, 0) - 0.5
+
+        def decode(self, ctx, z):
+            boxes = z if self.listens else torch.full_like(z, 0.5)
+            logits = torch.zeros(2, len(z), 6, 3)
+            logits[..., ::2, 1] = 5  # the first of each pair of queries is sure
+            return Prediction(
+                logits, boxes.repeat_interleave(2, 1).expand(2, -1, -1, -1), z.repeat_interleave(2, 1)[None] - 0.5
+            )
+
+    good, deaf = (region_report(Oracle(listens), held_out, "cpu") for listens in (True, False))
+    assert good["iou_own"] == pytest.approx(1) and good["own_group"] > 0.99 and good["cos_own"] == pytest.approx(1)
+    assert good["iou_gain"] > 0.2 and good["cos_gain"] > 0
+    assert deaf["iou_gain"] == 0 and deaf["iou_own"] < good["iou_own"]
+
+
+def test_best_query_of_a_group_and_paired_iou():
+    logits = torch.zeros(1, 1, 4, 3)
+    logits[0, 0, [1, 2], 1] = 3.0
+    boxes = torch.arange(16.0).view(1, 1, 4, 4)
+    box, q_hat = best_of_group(Prediction(logits, boxes, boxes), 2)
+    assert torch.equal(box[0], boxes[0, 0, [1, 2]]) and torch.equal(q_hat, box)
+    a, b = torch.tensor([0.5, 0.5, 0.5, 0.5]), torch.tensor([0.75, 0.5, 0.5, 0.5])
+    assert paired_iou(a, b).item() == pytest.approx(1 / 3)
+
+
+def test_recipes_are_the_published_ones():
+    assert [RECIPES["imagenet"][k] for k in ("steps", "drop_step", "batch_size", "lr", "global")] == [
+        300_000, 200_000, 256, 1e-4, 10]  # fmt: skip
+    assert [RECIPES["coco"][k] for k in ("steps", "drop_step", "batch_size", "lr", "global")] == [
+        120_000, 80_000, 64, 1e-4, 0.3]  # fmt: skip
+    args = parse_args(["--data", "x", "--out", "y"])
+    assert (args.tau, args.num_regions, args.clip, args.weight_decay, args.variant) == (
+        0.5,
+        10,
+        0.1,
+        1e-4,
+        "conditional",
+    )
+    assert set(VARIANTS) >= {"vanilla", "conditional"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num-regions", "4"], "--num-queries 6 cannot be shared out evenly among --num-regions 4"),
+        (["--backbone-weights", "none.pth"], "none.pth"),
+        (["--backbone", "vgg"], "--backbone 'vgg'"),
+        (["--proposals", "nowhere"], "nowhere"),
+        (["--tau", "0"], "tau"),
+        (["--micro-batch", "3"], "batch"),
+        (["--hidden-dim", "40"], "--hidden-dim 40"),
+        (["--micro-batch", "1"], "--micro-batch"),
+    ],
+)
+def test_bad_settings_end_with_one_sentence(photos, tmp_path, capsys, flags, message):
+    assert pretrain(photos, tmp_path, *flags) == 2
+    err = capsys.readouterr().err
+    last = err.splitlines()[-1]
+    assert message in last and last.startswith("pretrain.py: ") and "Traceback" not in err
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_unreadable_photograph_is_named_and_never_replaced(photos, tmp_path, capsys, workers):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for path in photos.iterdir():
+        os.link(path, folder / path.name)
+    (folder / "05x.png").write_bytes((photos / "05.png").read_bytes()[:100])
+    assert pretrain(folder, tmp_path / "out", "--workers", workers, "--no-global", "--batch-size", "8") == 2
+    assert "05x.png" in capsys.readouterr().err
+
+
+def test_empty_folder_is_refused(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    assert pretrain(tmp_path / "in", tmp_path / "out") == 2 and str(tmp_path / "in") in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_weights_of_one(photos, tmp_path):
+    """Same total batch; batch norm over ranks, normalisers over ranks, the same items whatever the rank."""
+    square = tmp_path / "square"
+    square.mkdir()
+    for path in photos.iterdir():  # one size: the padding of a batch does not depend on who else is in it
+        Image.open(path).resize((96, 96)).save(square / path.name)
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631"]
+    flags = ["--data", str(square), *TINY, "--tau", "1"]
+    root = Path(__file__).parents[1]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*run, "pretrain.py", *flags, "--out", str(tmp_path / "two")], check=True, env=env, cwd=root)
+    assert main([*flags, "--out", str(tmp_path / "one")]) == 0
+    a, b = log(tmp_path / "one"), log(tmp_path / "two")
+    for x, y in zip(a, b, strict=True):
+        if "loss" in x:
+            assert x["loss"] == pytest.approx(y["loss"], rel=1e-3)
