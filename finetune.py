@@ -1,0 +1,450 @@
+"""Train a detector on labelled images, from scratch or from a pretrained checkpoint, and evaluate it (paper Sec. 4.1).
+
+    python finetune.py --train train.json --val val.json --init runs/pre/step-00300000.pt --epochs 50 --out runs/mine
+    python finetune.py --train VOCdevkit/VOC2007 VOCdevkit/VOC2012 --val VOCdevkit/VOC2007 --recipe voc --out runs/voc
+    torchrun --nproc-per-node 8 finetune.py ...       # the same flags; batch sizes are totals over all processes
+    python finetune.py --eval-only --init runs/voc/best.pt --val val.json --out runs/eval
+    python finetune.py --predict photo.jpg FOLDER --init runs/voc/best.pt --out runs/pictures
+
+Read in this order: recipes, flags, train (the loop), backward (one step), what a run starts from, evaluation,
+prediction; `load_detector` and `detect` also serve from Python. The same command with the same --out resumes. Boxes are
+(cx, cy, w, h) in [0, 1] up to the losses, (x0, y0, x1, y1) pixels of the original image (`_xyxy`) in detections,
+[x, y, width, height] in json files.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import convert
+import data
+import losses
+import plots
+import runtime
+from model import VARIANTS, build_detector
+
+
+class Recipe(NamedTuple):
+    """A schedule; the flag of the same name overrides an entry."""
+
+    epochs: int
+    drop_epoch: int  # both learning rates fall to a tenth
+    lr: float  # above the backbone
+    lr_backbone: float
+    batch_size: int = 32
+    fraction: float = 1.0  # of the training images
+    slow: float = 1.0  # multiplies lr for Deformable's reference points and sampling offsets
+
+
+# Paper Sec. 4.1 gives epochs, drop, rates and batch of the first four variants on COCO and VOC. For DAB and DN the
+# poster has only AP: they train as Conditional does (ours). VOC 10 % has no schedule either: epochs and drop are
+# DETReg's for it (ours). The slow parameters are those of official Deformable DETR.
+SINGLE, DEFORMABLE = Recipe(50, 40, 1e-4, 5e-5), Recipe(50, 40, 2e-4, 2e-5, slow=0.1)
+VOC = dict.fromkeys(VARIANTS, SINGLE) | dict.fromkeys(("deformable-ss", "deformable-ms"), DEFORMABLE)
+RECIPES = {
+    "coco": {**VOC, "vanilla": SINGLE._replace(epochs=150, drop_epoch=120)},
+    "voc": VOC,  # Table 2 has vanilla with 150 epochs too; its drop is not given
+    "voc10": {variant: row._replace(epochs=200, drop_epoch=150, fraction=0.1) for variant, row in VOC.items()},
+}
+SHAPE = "variant backbone stride hidden_dim enc_layers dec_layers num_queries pre_norm box_refine".split()  # of a file
+RUN_ONLY = "epochs out device workers micro_batch log_every eval_every save_every keep_every".split()  # may change
+EVAL_BATCH = 8  # ours: one for all, since the padding of a batch moves convolution borders, and AP in its fourth digit
+METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()  # pycocotools' order
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument_group("data").add_argument
+    add("--train", nargs="+", metavar="PATH", help="COCO json, or VOC roots such as VOCdevkit/VOC2007 (trainval)")
+    add("--val", nargs="+", metavar="PATH", help="the same to evaluate on (VOC: test)")
+    add("--fraction", type=float, help="share of the training images to use (default: the recipe's)")
+    add("--fraction-seed", type=int, default=0, help="which images these are, by DETReg's rule (default 0)")
+    add("--limit", type=int, metavar="N", help="first N images of --train, --val or --predict only, for a quick look")
+    add("--overfit", type=int, metavar="N", help="train and evaluate on the first N training images, not augmented")
+    add("--resolution", type=int, help="short side in pixels; all other sizes follow (default 800, paper)")
+    add("--workers", type=int, default=4, help="loader processes per rank (default 4)")
+    add = p.add_argument_group("model (default: as in --init, else the paper's sizes)").add_argument
+    add("--init", metavar="FILE", help="checkpoint, ours or public; its class head is kept if the classes are the same")
+    add("--variant", choices=VARIANTS, help="default conditional")
+    add("--backbone", help="resnet18, 34, 50 (default), 101 or mobilenet_v2")
+    add("--backbone-weights", default="random", help="SwAV, torchvision or timm file, auto (MobileNetV2), or random")
+    add("--stride", type=int, help="of the map that a single-scale variant reads: 16 or 32 (default)")
+    add("--hidden-dim", type=int, help="width C (default 256)")
+    add("--enc-layers", type=int, help="default 6")
+    add("--dec-layers", type=int, help="default 6")
+    add("--num-queries", type=int, help="default 100 for vanilla and conditional, else 300")
+    add("--dropout", type=float, help="default 0.1, for dab and dn 0")
+    add("--pre-norm", action="store_true", default=None, help="vanilla with norms before the layers, as UP-DETR")
+    add("--box-refine", action="store_true", default=None, help="deformable with refined boxes (not in the paper)")
+    add = p.add_argument_group("optimisation (default: the recipe's)").add_argument
+    add("--recipe", choices=RECIPES, default="coco", help="schedule of Sec. 4.1; other data: --epochs (default coco)")
+    add("--epochs", type=int, help="passes over the training images")
+    add("--drop-epoch", type=int, help="epoch after which both rates fall to a tenth")
+    add("--batch-size", type=int, help="images per optimiser step, all processes together")
+    add("--micro-batch", type=int, help="images per forward and process (default: no accumulation)")
+    add("--lr", type=float, help="AdamW's rate above the backbone")
+    add("--lr-backbone", type=float, help="0 freezes the backbone; else all but its stem and first stage train")
+    add("--weight-decay", type=float, default=1e-4, help="on all parameters (default 1e-4, released code)")
+    add("--clip", type=float, default=0.1, help="largest norm of the gradient (default 0.1, released code)")
+    add = p.add_argument_group("evaluation and prediction").add_argument
+    add("--difficult", choices=["count", "ignore"], default="count", help="VOC: objects like all (default), or not")
+    add("--eval-only", action="store_true", help="evaluate --init on --val and write OUT/detections.json")
+    add("--predict", nargs="+", metavar="PATH", help="draw what --init detects on these images or folders, into OUT")
+    add("--threshold", type=float, default=0.5, help="least score of a drawn detection (default 0.5)")
+    add("--save-json", metavar="FILE", help="where --eval-only and --predict write their detections")
+    add = p.add_argument_group("run").add_argument
+    add("--out", default="runs/finetune", help="folder for checkpoints, log.jsonl, pictures (default runs/finetune)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default auto: cuda if there is one")
+    add("--amp", action="store_true", help="bfloat16 autocast of the network; losses stay float32")
+    add("--seed", type=int, default=0, help="of class head, order of images, augmentation, dropout (default 0)")
+    add("--log-every", type=int, default=50, help="steps (default 50)")
+    add("--eval-every", type=int, default=1, help="epochs (default 1); the last epoch is always evaluated")
+    add("--save-every", type=int, default=1, help="epochs (default 1); the newest two checkpoints and best.pt stay")
+    add("--keep-every", type=int, help="epochs; the weights of these stay as epoch-NNNN.pt")
+    args = p.parse_args(argv)
+    look = args.eval_only or args.predict
+    needed = {"init": look, "train": not look, "val": not args.predict and not args.overfit}
+    for name in [name for name, need in needed.items() if need and not getattr(args, name)]:
+        p.error(f"--{name} is needed here; see --help")
+    counts = "limit overfit epochs batch_size micro_batch log_every eval_every save_every keep_every resolution".split()
+    for name in [name for name in counts if getattr(args, name) is not None and getattr(args, name) < 1]:
+        p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least 1")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        with runtime.stop_on_signals() as stop:
+            job = predict if args.predict else evaluate_file if args.eval_only else train
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+            return job(args, runtime.setup(args.device), stop)
+    except (ValueError, OSError) as error:
+        print(f"finetune.py: {runtime.sentence(error)}", file=sys.stderr)
+        return 2
+    finally:
+        runtime.close()
+
+
+def train(args, run, stop):
+    """The run from its first to its last step; returns the exit code."""
+    # --- data and model
+    found = runtime.latest_checkpoint(args.out)
+    source = found[0] if found else args.init
+    build = resolve(args, source)
+    labels = labelled(args, args.train, "trainval")
+    train_set = data.DetectionSet(labels, not args.overfit, args.resolution, seed=args.seed)
+    val = data.DetectionSet(labels if args.overfit else labelled(args, args.val, "test"), False, args.resolution)
+    classes = [list(c) for c in train_set.annotations.categories]
+    check_classes(classes, val.annotations)
+    torch.manual_seed(args.seed)
+    detector = open_detector(args, run, build, classes, source, resume=bool(found))
+    optimizer = torch.optim.AdamW(parameter_groups(detector, args), weight_decay=args.weight_decay, fused=True)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    weights = {"class": detector.row.weight_class, "l1": 5.0, "giou": 2.0}  # released code, all variants
+    weights |= {f"dn_{k}": w for k, w in weights.items()} if detector.row.denoise else {}
+
+    # --- schedule: an epoch ends with the step that takes its last image
+    n, batch_size = len(train_set), args.batch_size
+    epoch_end = {math.ceil(e * n / batch_size): e for e in range(1, args.epochs + 1)}
+    steps, drop_step = max(epoch_end), math.ceil(args.drop_epoch * n / batch_size)
+
+    # --- resume
+    settings, start, best = {**vars(args), "classes": classes}, 0, -1.0
+    if found:
+        saved = found[1]
+        runtime.check_settings(saved["settings"], settings, RUN_ONLY)
+        optimizer.load_state_dict(saved["optimizer"])
+        start, best = saved["step"], saved["best"]
+        if start >= steps:
+            print(f"{args.out} is finished, {start} of {steps} steps: raise --epochs, or choose another --out")
+            return 0
+    log, out = runtime.Log(args.out, run.rank, start), Path(args.out)
+    if start == 0:
+        log.write(step=0, settings=settings, images=n, val_images=len(val), steps=steps,
+                  parameters=sum(p.numel() for p in parameters), commit=runtime.commit())  # fmt: skip
+
+    def state(**more):
+        meta = {"variant": args.variant, "build": detector.settings, "classes": classes, "resolution": args.resolution}
+        return {"model": detector.state_dict(), "step": done, "settings": settings, "meta": meta, **more}
+
+    # --- the loop
+    net = DistributedDataParallel(detector, broadcast_buffers=False) if run.world > 1 else detector
+    sampler = runtime.StepSampler(n, batch_size, args.micro_batch, run.rank, run.world, args.seed, start, steps)
+    loader = iter(runtime.make_loader(train_set, sampler, data.collate_detections, args.workers, run.device))
+    window = []  # of one log line
+    for step in tqdm(range(start, steps), "finetune", initial=start, total=steps, disable=run.rank > 0):
+        began = time.time()
+        runtime.seed_step(args.seed, step, run.rank)
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * (0.1 if step >= drop_step else 1.0)  # paper Sec. 4.1
+        batches = [next(loader).to(run.device) for _ in range(sampler.accumulate)]
+        optimizer.zero_grad(set_to_none=True)
+        terms = backward(net, detector.row, batches, weights, run, args.amp)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)  # released code
+        optimizer.step()
+
+        done, epoch, asked = step + 1, epoch_end.get(step + 1, 0), stop()
+        loss = sum(weights[k] * v for k, v in terms.items())
+        window.append({"loss": loss, **terms, "grad_norm": norm, "seconds": time.time() - began})
+        if done % args.log_every == 0 or done == steps:  # the only wait for the device besides matching
+            values = runtime.mean_over_ranks({k: sum(row[k] for row in window) / len(window) for k in window[0]})
+            values |= {"lr": optimizer.param_groups[0]["lr"], "images_per_s": batch_size / values.pop("seconds")}
+            log.write(step=done, epoch=done * batch_size / n, **values)
+            if not math.isfinite(values["loss"]):
+                raise ValueError(f"step {done}: the loss is {values['loss']}; lower --lr, or train without --amp")
+            window.clear()
+        if epoch and (epoch % args.eval_every == 0 or done == steps):
+            results = detect_all(detector, val, classes, run, args)
+            if run.rank == 0:
+                metrics, per_class = coco_metrics(val.annotations, results, args.difficult)
+                log.write(step=done, epoch=epoch, **metrics)
+                if metrics["AP"] > best:
+                    best = metrics["AP"]
+                    runtime.write_checkpoint(out / "best.pt", state())
+        if epoch and args.keep_every and epoch % args.keep_every == 0 and run.rank == 0:
+            runtime.write_checkpoint(out / f"epoch-{epoch:04d}.pt", state())
+        if (epoch and epoch % args.save_every == 0) or done == steps or asked:
+            runtime.save_checkpoint(out, done, state(optimizer=optimizer.state_dict(), best=best))
+        if asked and done < steps:
+            print(f"stopped by a signal after step {done}, state saved; the same command goes on")
+            return runtime.STOPPED
+    if run.rank == 0:
+        print(table(metrics, per_class))
+        plots.save_curves(out / "curves.png", {out.name: plots.read_log(out)}, ["loss", *terms, "AP", "AP50"])
+    return 0
+
+
+def backward(net, row, batches, weights, run, amp=False):
+    """Forward and backward of a step's micro-batches -> {term: scalar, layers and micro-batches joined}, no gradient.
+
+    The gradient left in `net` is that of the mean over all images of the step, whatever their split over ranks and
+    micro-batches: all their targets are counted first and give one normaliser.
+    """
+    targets = runtime.sum_over_ranks(sum(batch.valid.sum() for batch in batches))
+    num_boxes, parts = targets.clamp(min=1) / (run.world * len(batches)), []
+    net.train()
+    for i, batch in enumerate(batches):
+        net.require_backward_grad_sync = i + 1 == len(batches)  # ranks add up their gradients once (read by DDP)
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=amp):
+            pred = net(data.normalise(batch.x, batch.mask), batch.mask, batch.labels, batch.boxes, batch.valid)
+        terms = detector_losses(pred, batch, row, num_boxes)
+        (sum(weights[k] * v for k, v in terms.items()) / len(batches)).backward()
+        parts.append({name: value.detach() for name, value in terms.items()})
+    return {name: sum(part[name] for part in parts) / len(parts) for name in weights}
+
+
+def detector_losses(pred, batch, row, num_boxes):
+    """{"class", "l1", "giou"} of the matched queries, layers summed, no weights; for DN also of its noisy queries."""
+    target, softmax = (batch.labels, batch.boxes), row.softmax
+    match = losses.match(pred.logits, pred.boxes, *target, batch.valid, softmax=softmax, cost_class=row.cost_class)
+    terms = losses.detection_losses(pred.logits, pred.boxes, match, *target, softmax=softmax, num_boxes=num_boxes)
+    if pred.dn is not None:
+        copies = pred.dn.valid.shape[1] // batch.valid.shape[1]  # of each target
+        terms |= losses.denoising_losses(*pred.dn, num_boxes * copies)
+    return {name: value.sum() for name, value in terms.items()}
+
+
+def parameter_groups(detector, args):
+    """What trains, by learning rate: the backbone, the slow parameters, and all else (the first group)."""
+    rates = [args.lr, args.lr_backbone, args.lr * args.slow]
+    groups = [{"params": [], "lr": rate, "base_lr": rate} for rate in rates]
+    for name, parameter in detector.named_parameters():
+        kind = 1 if name.startswith("backbone.") else 2 * ("reference_points" in name or "sampling_offsets" in name)
+        groups[kind]["params"] += [parameter] if parameter.requires_grad else []
+    return [group for group in groups if group["params"]]
+
+
+def resolve(args, source):
+    """Fill in `args` from the recipe -> build_detector's settings, from the checkpoint `source` (or None) and flags."""
+    build = describe(source, args)[0] if source else {}
+    given = {key: getattr(args, key) for key in (*SHAPE, "dropout") if getattr(args, key) is not None}
+    build = {"variant": "conditional", **build, **given}
+    recipe = RECIPES[args.recipe][build["variant"]]._asdict()
+    for key, value in {"resolution": 800, "variant": build["variant"], **recipe}.items():  # 800: paper Sec. 4.1
+        setattr(args, key, value if getattr(args, key, None) is None else getattr(args, key))
+    return build
+
+
+def describe(path, args=None):
+    """What a checkpoint, ours or public, says of itself -> (build settings, classes or None, resolution or None).
+
+    Classes are [[category id, name], ...]. Raises ValueError for a flag in `args` that contradicts the checkpoint.
+    """
+    _, state, _, meta = convert.read_native(path)
+    build, classes = convert.detect_settings(state) | meta.get("build", {}), meta.get("classes")
+    if not build.get("dec_layers"):
+        raise ValueError(f"{path} holds only a backbone: pass it as --backbone-weights")
+    for key in SHAPE:
+        flag, name = getattr(args, key, None), f"--{key.replace('_', '-')}"
+        if flag is not None and build.get(key, flag) != flag:
+            raise ValueError(f"{name} {flag} contradicts {path}, which has {build[key]}: leave {name} out")
+    head = next((t for name, t in state.items() if name.startswith("class_embed.") and t.dim() == 2), None)
+    if classes is None and head is not None:  # an official detector: its columns are category ids, without names
+        classes = [[k, str(k)] for k in range(len(head) - VARIANTS[build["variant"]].softmax)]
+    return build, classes, meta.get("resolution")
+
+
+def open_detector(args, run, build, classes, source, resume):
+    """The detector to train, on the device, with the weights of `source` or else with those of its backbone alone."""
+    detector = build_detector(**build | {"num_classes": len(classes)})
+    lines = ["the network starts from random weights; --backbone-weights gives it a trained backbone"]
+    if source:
+        lines = convert.load_detector(detector, source, classes=classes, reset=() if resume else convert.HEADS)
+    elif args.backbone_weights != "random":
+        lines = convert.load_backbone(detector, args.backbone_weights)
+    if run.rank == 0:
+        print("\n".join(lines))
+    vars(args).update({key: detector.settings[key] for key in (*SHAPE, "dropout")})
+    detector.to(run.device).freeze_backbone(args.lr_backbone == 0)
+    if args.lr_backbone == 0:
+        detector.fold_backbone(torch.bfloat16 if args.amp else torch.float32)
+    return detector
+
+
+def labelled(args, paths, split):
+    """The annotations of --train or --val, cut down as --fraction (of --train), --limit and --overfit say."""
+    found, n = data.read_annotations(paths, split), args.overfit or args.limit
+    if split == "trainval" and args.fraction < 1:
+        found = data.subset(found, args.fraction, args.fraction_seed)
+    return data.Annotations(found.root, *(column[:n] for column in found[1:7]), *found[7:])
+
+
+def check_classes(classes, annotations):
+    """ValueError unless each category to evaluate is a class of the detector: same id and, where known, same name."""
+    for number, name in annotations.categories:
+        if dict(map(tuple, classes)).get(number) not in (name, str(number)):
+            have = convert.few([f"{k} ({v})" for k, v in classes])
+            raise ValueError(f"category {number} ({name}) of --val is no class of the detector: that has {have}")
+
+
+def evaluate_file(args, run, stop):
+    """--eval-only: the 12 numbers and AP per class of --init on --val, and the detections as COCO results."""
+    detector, _ = load_detector(args.init, args)
+    detector.to(run.device).fold_backbone(torch.bfloat16 if args.amp else torch.float32)
+    val = data.DetectionSet(labelled(args, args.val, "test"), False, args.resolution or detector.resolution)
+    check_classes(detector.classes, val.annotations)
+    results = detect_all(detector, val, detector.classes, run, args)
+    if run.rank == 0:
+        path = Path(args.save_json or Path(args.out) / "detections.json")
+        path.write_text(json.dumps(results))
+        numbers = table(*coco_metrics(val.annotations, results, args.difficult))
+        print(f"{numbers}\n{len(results)} detections on {len(val)} images: {path}")
+    return 0
+
+
+@torch.no_grad()
+def detect_all(detector, dataset, classes, run, args):
+    """COCO results of a whole data set, each image once over all ranks; the same list on each rank, ordered by image.
+
+    A result: image_id and category_id of the json, bbox [x, y, w, h] in pixels of the original image, score.
+    """
+    detector.eval()
+    keys = runtime.each_once(len(dataset), EVAL_BATCH, run.rank, run.world)
+    loader = runtime.make_loader(dataset, keys, data.collate_detections, args.workers, run.device)
+    rows = [torch.zeros(0, 7, dtype=torch.float64)]
+    for batch in tqdm(loader, "evaluate", leave=False, disable=run.rank > 0):
+        batch = batch.to(run.device)
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=args.amp):
+            pred = detector(data.normalise(batch.x, batch.mask), batch.mask)
+        for i, (scores, labels, boxes_xyxy) in zip(batch.index, detector.top_boxes(pred, batch.size), strict=True):
+            columns = i.expand_as(labels), labels, scores, *boxes_xyxy.unbind(1)
+            rows.append(torch.stack([c.double() for c in columns], 1).cpu())
+    rows, images = runtime.gather_rows(torch.cat(rows)), dataset.annotations.images
+    rows = rows[rows[:, 0].argsort(stable=True)].tolist()
+    return [{"image_id": images[int(i)]["id"], "category_id": classes[int(k)][0], "score": score,
+             "bbox": [x0, y0, x1 - x0, y1 - y0]} for i, k, score, x0, y0, x1, y1 in rows]  # fmt: skip
+
+
+def coco_metrics(annotations, results, difficult="count"):
+    """pycocotools' 12 numbers {METRICS: 0..1, or -1 where there is no object of that size} and {class name: AP}.
+
+    difficult "ignore": a difficult object may be missed, and one detection of it is forgiven.
+    """
+    categories, truth = [{"id": number, "name": name} for number, name in annotations.categories], []
+    for image, *columns in zip(*annotations[1:7], strict=True):
+        for (x0, y0, x1, y1), label, crowd, area, hard in zip(*(c.tolist() for c in columns), strict=True):
+            if hard and difficult == "ignore":
+                area = math.inf  # outside all of pycocotools' size ranges, and so ignored
+            truth.append({"id": len(truth) + 1, "image_id": image["id"], "category_id": categories[label]["id"],
+                          "bbox": [x0, y0, x1 - x0, y1 - y0], "area": area, "iscrowd": int(crowd)})  # fmt: skip
+    found = [{**r, "id": i, "area": r["bbox"][2] * r["bbox"][3]} for i, r in enumerate(results, 1)]
+    with contextlib.redirect_stdout(None):  # pycocotools prints its progress
+        tables = COCO(), COCO()
+        for coco, boxes in zip(tables, (truth, found), strict=True):  # unlike COCO.loadRes, no result at all is fine
+            coco.dataset = {"images": annotations.images, "annotations": boxes, "categories": categories}
+            coco.createIndex()
+        evaluation = COCOeval(*tables, "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    per_class = evaluation.eval["precision"][:, :, :, 0, -1].mean((0, 1))  # over IoU and recall, (K,); any size
+    names = [category["name"] for category in categories]
+    return dict(zip(METRICS, evaluation.stats.tolist(), strict=True)), dict(zip(names, per_class.tolist(), strict=True))
+
+
+def table(metrics, per_class):
+    """The numbers as text: a row of 12, then a line per class."""
+    lines = ["".join(f"{name:>7}" for name in metrics), "".join(f"{value:7.3f}" for value in metrics.values()), ""]
+    return "\n".join(lines + [f"{value:7.3f}  {name}" for name, value in per_class.items()])
+
+
+def predict(args, run, stop):
+    """--predict: a picture of each image with what is detected in it, and with --save-json a list of all that."""
+    detector, classes = load_detector(args.init, args)
+    detector.to(run.device).resolution = args.resolution or detector.resolution
+    paths = [str(images.root / name) for images in map(data.list_images, args.predict) for name in images.paths]
+    found, out = [], Path(args.out)
+    for i, path in enumerate(tqdm(paths[: args.limit], "predict")):
+        image = data.load_image(path)
+        detections = detect(detector, classes, image, args.threshold)
+        labels, scores, boxes_xyxy = ([row[k] for row in detections] for k in range(3))
+        plots.save_detections(out / f"{i:04d}-{Path(path).stem}.png", image, boxes_xyxy, labels, scores, args.threshold)
+        found += [{"file_name": path, "category": name, "score": score, "bbox": [x0, y0, x1 - x0, y1 - y0]}
+                  for name, score, (x0, y0, x1, y1) in detections]  # fmt: skip
+    if args.save_json:
+        Path(args.save_json).write_text(json.dumps(found))
+    print(f"{len(found)} detections of score {args.threshold} or more on {i + 1} images; pictures: {out}")
+    return 0
+
+
+def load_detector(path, args=None):
+    """A fine-tuned checkpoint or an official one -> (detector in evaluation mode, class names), for `detect`.
+
+    The detector carries .classes, its [[category id, name], ...], and .resolution, the short side it was trained at.
+    """
+    build, classes, resolution = describe(path, args)
+    if classes is None:
+        raise ValueError(f"{path} comes from pretraining and has no class head: fine-tune it first")
+    detector = build_detector(**build | {"num_classes": len(classes)})
+    convert.load_detector(detector, path, reset=())
+    detector.classes, detector.resolution = classes, resolution or 800
+    return detector.eval(), [name for _, name in classes]
+
+
+@torch.no_grad()
+def detect(detector, classes, image, threshold=0.5):
+    """Objects of an image (path or PIL image), best first: [(class name, score, (x0, y0, x1, y1) in its pixels)]."""
+    image = image.convert("RGB") if hasattr(image, "convert") else data.load_image(image)
+    size = data.resize_size(*image.size, detector.resolution, round(detector.resolution * 1333 / 800))
+    small, _ = data.cut(image, torch.zeros(0, 4), (0, 0, *image.size), size, flip=False)
+    x, mask = (t.to(next(detector.parameters()).device) for t in data.pad_stack([data.to_tensor(small)]))
+    pred = detector(data.normalise(x, mask), mask)
+    ((scores, labels, boxes_xyxy),) = detector.top_boxes(pred, torch.tensor([image.size]))
+    rows = zip(labels.tolist(), scores.tolist(), boxes_xyxy.tolist(), strict=True)
+    return [(classes[label], score, tuple(box)) for label, score, box in rows if score >= threshold]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

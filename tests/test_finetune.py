@@ -1,0 +1,435 @@
+"""finetune.py: schedules, one step, resume, evaluation against pycocotools, prediction, and what it refuses."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+import convert
+import data
+import finetune
+import runtime
+from model import VARIANTS, Siamese, build_detector
+
+ROOT = Path(__file__).parents[1]
+SMALL = dict(backbone="resnet18", hidden_dim=32, enc_layers=1, dec_layers=2, num_queries=12, dropout=0.0)
+SMALL_FLAGS = [x for key, value in SMALL.items() for x in (f"--{key.replace('_', '-')}", str(value))]
+FAST = "--resolution 64 --workers 0 --log-every 1 --batch-size 4 --lr 1e-3 --lr-backbone 0".split()
+ONE = runtime.Run(torch.device("cpu"), 0, 1)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return data.write_toy(tmp_path_factory.mktemp("finetune") / "toy", unlabelled=1, train=8, val=10, size=64)
+
+
+@pytest.fixture(scope="module")
+def trained(toy):
+    return run(toy, toy.parent / "trained", "--epochs 2")
+
+
+@pytest.fixture
+def val(toy):
+    return data.read_annotations(toy / "val.json")
+
+
+def run(toy, out, flags, code=0, train="train.json", val="val.json"):
+    """Fine-tune the small detector on the toy set into `out`, which is returned."""
+    sources = ["--train", str(toy / train), "--val", str(toy / val)]
+    assert finetune.main([*sources, *SMALL_FLAGS, *FAST, "--out", str(out), *flags.split()]) == code
+    return out
+
+
+def evaluate(init, json_path, out):
+    """The results that --eval-only writes."""
+    flags = ["--eval-only", "--init", init, "--val", json_path, "--out", out, "--workers", 0]
+    assert finetune.main([*map(str, flags)]) == 0
+    return json.loads((out / "detections.json").read_text())
+
+
+def logged(out, key):
+    return [row[key] for row in map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines()) if key in row]
+
+
+def parse(*flags):
+    return finetune.parse_args(["--train", "a.json", "--val", "b.json", *flags])
+
+
+def truth(annotations):
+    """The annotations as results of score 1."""
+    ids = [number for number, _ in annotations.categories]
+    return [{"image_id": image["id"], "category_id": ids[k], "bbox": [x0, y0, x1 - x0, y1 - y0], "score": 1.0}
+            for image, boxes, labels in zip(annotations.images, annotations.boxes_xyxy, annotations.labels, strict=True)
+            for (x0, y0, x1, y1), k in zip(boxes.tolist(), labels.tolist(), strict=True)]  # fmt: skip
+
+
+def disturbed(results, seed=0):
+    """Results with moved boxes, random scores and some wrong classes: AP between 0 and 1."""
+    g, out = torch.Generator().manual_seed(seed), []
+    ids = sorted({r["category_id"] for r in results})
+    for r in results * 2:
+        noise, score, wrong = torch.randn(4, generator=g), *torch.rand(2, generator=g).tolist()
+        bbox = [v + n for v, n in zip(r["bbox"], (noise * 2).tolist(), strict=True)]
+        out.append({**r, "bbox": bbox, "score": score, "category_id": ids[0] if wrong < 0.2 else r["category_id"]})
+    return out
+
+
+# ---- flags and schedules
+
+
+def test_recipes_hold_the_published_schedules():
+    assert all(set(rows) == set(VARIANTS) for rows in finetune.RECIPES.values())
+    assert finetune.RECIPES["coco"]["vanilla"][:5] == (150, 120, 1e-4, 5e-5, 32)  # paper Sec. 4.1
+    assert finetune.RECIPES["voc"]["vanilla"][:5] == (50, 40, 1e-4, 5e-5, 32)
+    assert finetune.RECIPES["coco"]["conditional"][:5] == (50, 40, 1e-4, 5e-5, 32)
+    assert finetune.RECIPES["voc"]["deformable-ms"][:5] == (50, 40, 2e-4, 2e-5, 32)
+    assert {r.slow for rows in finetune.RECIPES.values() for v, r in rows.items() if v.startswith("def")} == {0.1}
+    assert {r.fraction for r in finetune.RECIPES["voc10"].values()} == {0.1}
+
+
+def test_flags_override_the_recipe():
+    args = parse("--recipe", "voc", "--variant", "dab", "--lr", "3e-4", "--epochs", "7")
+    finetune.resolve(args, None)
+    assert (args.lr, args.epochs, args.drop_epoch, args.lr_backbone, args.fraction) == (3e-4, 7, 40, 5e-5, 1.0)
+    assert args.resolution == 800
+
+
+def test_flags_are_the_documented_ones():
+    flags = set(vars(parse()))
+    assert len(flags) <= 45
+    assert flags == set(
+        "train val fraction fraction_seed limit overfit resolution workers init variant backbone backbone_weights "
+        "stride hidden_dim enc_layers dec_layers num_queries dropout pre_norm box_refine recipe epochs drop_epoch "
+        "batch_size micro_batch lr lr_backbone weight_decay clip difficult eval_only predict threshold "
+        "save_json out device amp seed log_every eval_every save_every keep_every".split()
+    )
+
+
+def test_parameter_groups_follow_the_recipe():
+    args = parse("--variant", "deformable-ss")
+    detector = build_detector(**finetune.resolve(args, None) | SMALL)
+    detector.freeze_backbone(False)
+    names = {id(p): name for name, p in detector.named_parameters()}
+    made = finetune.parameter_groups(detector, args)
+    rates, groups = [g["base_lr"] for g in made], [[names[id(p)] for p in g["params"]] for g in made]
+    everything = [name for group in groups for name in group]
+    assert rates == pytest.approx([2e-4, 2e-5, 2e-5]) and len(everything) == len(set(everything))
+    assert all(name.startswith("backbone.0.body.") for name in groups[1])
+    assert not [name for name in everything if ".layer1." in name or ".body.conv1" in name]  # never trained
+    assert groups[2] and all("sampling_offsets" in name or "reference_points" in name for name in groups[2])
+
+
+# ---- one step
+
+
+@pytest.mark.parametrize("variant", ["vanilla", "conditional", "deformable-ss"])
+def test_backward_gradient_does_not_depend_on_the_micro_batch(variant):
+    torch.manual_seed(0)
+    detector = build_detector(variant, 6, **SMALL).train()
+    detector.freeze_backbone(False)
+    B, T = 4, 3  # of one size: padding would move convolution borders
+    x, mask = torch.randint(256, (B, 3, 64, 96), dtype=torch.uint8), torch.zeros(B, 64, 96, dtype=torch.bool)
+    boxes, labels = torch.rand(B, T, 4) * 0.4 + 0.2, torch.randint(6, (B, T))
+    valid = torch.arange(T) < torch.tensor([[3], [0], [1], [2]])
+    whole = data.DetectionBatch(x, mask, boxes, labels, valid, torch.arange(B), torch.ones(B, 2))
+    gradients = []
+    for size in (4, 2, 1):
+        batches = [data.DetectionBatch(*(field[i : i + size] for field in whole)) for i in range(0, B, size)]
+        detector.zero_grad()
+        terms = finetune.backward(detector, detector.row, batches, {"class": 2.0, "l1": 5.0, "giou": 2.0}, ONE)
+        flat = torch.cat([p.grad.flatten() for p in detector.parameters() if p.grad is not None])
+        gradients.append((flat, torch.stack(list(terms.values()))))
+    assert gradients[0][0].norm() > 0
+    for flat, terms in gradients[1:]:
+        assert (flat - gradients[0][0]).norm() < 1e-4 * gradients[0][0].norm()
+        assert torch.allclose(terms, gradients[0][1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_train_runs_one_step_of_each_variant(toy, tmp_path, variant):
+    run(toy, tmp_path, f"--variant {variant} --overfit 2 --batch-size 2 --epochs 1 --amp")
+    (row,) = [row for row in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()) if "loss" in row]
+    weights = {"class": VARIANTS[variant].weight_class, "l1": 5, "giou": 2}
+    parts = [w * (row[k] + row.get(f"dn_{k}", 0)) for k, w in weights.items()]
+    assert row["loss"] == pytest.approx(sum(parts), rel=1e-5)
+    assert ("dn_l1" in row) == (variant == "dn")
+
+
+def test_train_lowers_the_loss(toy, tmp_path):
+    run(toy, tmp_path, "--overfit 4 --epochs 40 --drop-epoch 30 --eval-every 100 --save-every 100")
+    loss, lr = logged(tmp_path, "loss"), logged(tmp_path, "lr")
+    assert sum(loss[-5:]) < 0.6 * sum(loss[:5])
+    assert lr[29] == pytest.approx(1e-3) and lr[30] == pytest.approx(1e-4)
+    assert len(logged(tmp_path, "AP")) == 1 and (tmp_path / "curves.png").stat().st_size > 0
+
+
+def test_train_leaves_a_frozen_backbone_alone(toy, trained):
+    torch.manual_seed(0)
+    before = build_detector("conditional", 6, **SMALL).state_dict()
+    after = runtime.read_checkpoint(trained / "step-00000004.pt")["model"]
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert {name for name in before if name.startswith("backbone.")} <= same
+    assert "transformer.encoder.layers.0.linear1.weight" not in same
+
+
+# ---- resume
+
+
+def test_resume_equals_uninterrupted(toy, tmp_path, monkeypatch):
+    flags = "--dropout 0.1 --lr-backbone 1e-4 --epochs 3 --eval-every 2 --save-every 3"
+    run(toy, tmp_path / "whole", flags)
+    with monkeypatch.context() as patch:
+        asked = iter([False, False, True])  # in the middle of the second epoch of two steps
+        patch.setattr(runtime, "stop_on_signals", lambda: contextlib.nullcontext(lambda: next(asked)))
+        run(toy, tmp_path / "parts", flags, code=runtime.STOPPED)
+    run(toy, tmp_path / "parts", flags)
+    whole, parts = (runtime.read_checkpoint(tmp_path / name / "step-00000006.pt") for name in ("whole", "parts"))
+    assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
+    for a, b in zip(whole["optimizer"]["state"].values(), parts["optimizer"]["state"].values(), strict=True):
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    assert whole["best"] == parts["best"]
+    for key in ("loss", "lr", "AP"):
+        assert logged(tmp_path / "whole", key) == logged(tmp_path / "parts", key)
+
+
+def test_resume_of_a_finished_run_says_so_and_of_another_is_refused(toy, trained, capsys):
+    before = (trained / "log.jsonl").read_bytes()
+    run(toy, trained, "--epochs 2")
+    assert "is finished, 4 of 4 steps" in capsys.readouterr().out
+    assert (trained / "log.jsonl").read_bytes() == before
+    run(toy, trained, "--epochs 2 --lr 1e-4", code=2)
+    assert "--lr was 0.001, is 0.0001" in capsys.readouterr().err
+
+
+def test_checkpoints_are_the_best_and_the_newest_two_and_those_to_keep(toy, tmp_path):
+    run(toy, tmp_path, "--epochs 4 --keep-every 3")
+    names = {path.name for path in tmp_path.glob("*.pt")}
+    assert names == {"best.pt", "epoch-0003.pt", "step-00000006.pt", "step-00000008.pt"}
+    ap = logged(tmp_path, "AP")
+    assert runtime.read_checkpoint(tmp_path / "best.pt")["step"] == 2 * (ap.index(max(ap)) + 1)
+
+
+# ---- starting from a checkpoint
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    """What pretrain.py writes, of a small vanilla detector with its own heads."""
+    torch.manual_seed(1)
+    detector = build_detector("vanilla", 2, **SMALL)
+    net = Siamese(detector, region_target="none", use_global=False)
+    pretext = {k: v for k, v in net.state_dict().items() if not k.startswith("detector.")}
+    meta = {"variant": "vanilla", "method": "siamese", "build": detector.settings}
+    path = tmp_path / "pre" / "step-00000001.pt"
+    runtime.write_checkpoint(path, {"model": detector.state_dict(), "pretext": pretext, "step": 1, "settings": {},
+                                    "meta": meta})  # fmt: skip
+    return path
+
+
+def test_init_supplies_the_architecture_and_all_but_the_class_head(pretrained):
+    args = parse("--init", str(pretrained))
+    build = finetune.resolve(args, args.init)
+    detector = finetune.open_detector(args, ONE, build, [[1, "a"], [5, "b"], [9, "c"]], args.init, resume=False)
+    assert (args.variant, args.hidden_dim, args.backbone, args.num_queries) == ("vanilla", 32, "resnet18", 12)
+    assert args.epochs == 150 and detector.class_embed.weight.shape == (4, 32)  # three classes and no-object
+    file = runtime.read_checkpoint(pretrained)["model"]
+    own = {name: tensor for name, tensor in detector.state_dict().items() if "class_embed" not in name}
+    assert all(torch.equal(tensor, file[name]) for name, tensor in own.items())
+
+
+def test_load_detector_reads_official_files(tmp_path):
+    detector = build_detector("vanilla", 5, **SMALL)
+    torch.save({"model": detector.state_dict()}, tmp_path / "detr.pth")
+    again, classes = finetune.load_detector(tmp_path / "detr.pth")
+    assert classes == ["0", "1", "2", "3", "4"] and again.resolution == 800  # its columns are category ids
+    assert again.settings | {"dropout": 0.0} == detector.settings
+
+
+# ---- evaluation
+
+
+def test_coco_metrics_equal_pycocotools_on_the_files(toy, val, tmp_path):
+    table = json.loads((toy / "val.json").read_text())
+    table["annotations"][0]["iscrowd"] = 1
+    table["annotations"][1]["area"] *= 40  # another size range than its box
+    path = toy / "crowd.json"
+    path.write_text(json.dumps(table))
+    annotations = data.read_annotations(path)
+    results = disturbed(truth(annotations))
+    coco = COCO(path)
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    evaluation = COCOeval(coco, coco.loadRes(str(tmp_path / "results.json")), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    metrics, per_class = finetune.coco_metrics(annotations, results)
+    assert list(metrics) == finetune.METRICS and 0.1 < metrics["AP"] < 0.9
+    assert list(metrics.values()) == pytest.approx(evaluation.stats.tolist(), abs=1e-9)
+    found = [ap for ap in per_class.values() if ap >= 0]
+    assert sum(found) / len(found) == pytest.approx(metrics["AP"])
+
+
+def test_coco_metrics_of_the_truth_are_one_and_of_nothing_zero(val):
+    metrics, per_class = finetune.coco_metrics(val, truth(val))
+    assert metrics["AP"] == metrics["AP50"] == metrics["AR100"] == pytest.approx(1.0)
+    assert all(ap == pytest.approx(1.0) for ap in per_class.values())
+    metrics, per_class = finetune.coco_metrics(val, [])
+    assert metrics["AP"] == metrics["AP50"] == metrics["AR100"] == 0
+    assert set(per_class.values()) == {0} and "0.000" in finetune.table(metrics, per_class)
+
+
+def test_coco_metrics_can_ignore_difficult_objects(val):
+    hard = [torch.zeros_like(d) for d in val.difficult]
+    hard[0][0] = hard[3][0] = True
+    annotations = val._replace(difficult=hard)
+    everything = truth(annotations)
+    places = [sum(map(len, val.labels[:i])) for i in (0, 3)]
+    easy = [r for i, r in enumerate(everything) if i not in places]
+    for results in (everything, easy):  # found or missed, it makes no difference
+        assert finetune.coco_metrics(annotations, results, "ignore")[0]["AP"] == pytest.approx(1.0)
+    assert finetune.coco_metrics(annotations, easy, "count")[0]["AP"] < 0.99
+
+
+def test_eval_only_repeats_the_logged_ap_and_writes_ids_of_the_json(toy, trained, val, tmp_path, capsys):
+    results = evaluate(trained / "best.pt", toy / "val.json", tmp_path)
+    assert len(results) == 12 * 6 * len(val.images)  # all queries x classes, since these are no more than 100
+    assert {r["image_id"] for r in results} == {image["id"] for image in val.images}
+    assert {r["category_id"] for r in results} == {number for number, _ in val.categories}
+    metrics, _ = finetune.coco_metrics(val, results)
+    assert metrics["AP"] == pytest.approx(max(logged(trained, "AP")), abs=1e-9)
+    printed = capsys.readouterr().out
+    assert "AP50" in printed and all(name in printed for _, name in val.categories)
+
+
+def test_classes_come_from_the_json_with_its_gaps(toy, tmp_path):
+    for part in ("train", "val"):
+        table = json.loads((toy / f"{part}.json").read_text())
+        new = dict(zip([c["id"] for c in table["categories"]], (3, 7, 11, 40, 90, 91), strict=True))
+        for row in table["categories"]:
+            row["id"] = new[row["id"]]
+        for row in table["annotations"]:
+            row["category_id"] = new[row["category_id"]]
+        (toy / f"gaps_{part}.json").write_text(json.dumps(table))
+    run(toy, tmp_path, "--epochs 1", train="gaps_train.json", val="gaps_val.json")
+    state = runtime.read_checkpoint(tmp_path / "step-00000002.pt")
+    assert state["model"]["class_embed.weight"].shape[0] == 6
+    assert [number for number, _ in state["meta"]["classes"]] == [3, 7, 11, 40, 90, 91]
+    results = evaluate(tmp_path / "step-00000002.pt", toy / "gaps_val.json", tmp_path)
+    assert {r["category_id"] for r in results} == {3, 7, 11, 40, 90, 91}
+
+
+# ---- prediction
+
+
+def test_detect_gives_the_boxes_of_the_evaluation(toy, trained, val):
+    detector, classes = finetune.load_detector(trained / "best.pt")
+    assert not detector.training and classes == [name for _, name in val.categories]
+    image = val.images[2]
+    found = finetune.detect(detector, classes, val.root / image["path"], threshold=0.0)
+    dataset = data.DetectionSet(val, False, 64)
+    args = parse("--workers", "0")
+    results = finetune.detect_all(detector, dataset, detector.classes, ONE, args)
+    mine = [r for r in results if r["image_id"] == image["id"]]
+    assert len(found) == len(mine) and [s for _, s, _ in found] == sorted((s for _, s, _ in found), reverse=True)
+    names = dict(val.categories)
+    theirs = torch.tensor([[classes.index(names[r["category_id"]]), r["score"], *r["bbox"]] for r in mine])
+    for name, score, (x0, y0, x1, y1) in found:  # the order of equal scores is open
+        row = torch.tensor([classes.index(name), score, x0, y0, x1 - x0, y1 - y0])
+        assert (theirs - row).abs().amax(1).min() < 1e-2
+    assert finetune.detect(detector, classes, val.root / image["path"], threshold=1.0) == []
+
+
+def test_predict_writes_a_picture_an_image_and_a_json(toy, trained, tmp_path):
+    image = next((toy / "val").iterdir())
+    flags = ["--predict", str(toy / "train"), str(image), "--init", str(trained / "best.pt"), "--out", str(tmp_path)]
+    assert finetune.main([*flags, "--threshold", "0", "--save-json", str(tmp_path / "found.json")]) == 0
+    assert len(list(tmp_path.glob("*.png"))) == 9
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found) == 9 * 72 and set(found[0]) == {"file_name", "category", "score", "bbox"}
+    assert {Path(row["file_name"]).name for row in found} >= {path.name for path in (toy / "train").iterdir()}
+
+
+# ---- refusals
+
+
+def refused(capsys, flags):
+    """The one line on stderr of a run that ends with code 2."""
+    assert finetune.main(flags) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("finetune.py: ") and "Traceback" not in error
+    return error
+
+
+@pytest.mark.parametrize("flag", ["--variant dab", "--hidden-dim 64", "--backbone resnet50", "--pre-norm"])
+def test_init_refuses_contradicting_flags_by_name(toy, trained, tmp_path, capsys, flag):
+    flags = ["--train", str(toy / "train.json"), "--val", str(toy / "val.json"), "--init", str(trained / "best.pt")]
+    error = refused(capsys, [*flags, *flag.split(), "--out", str(tmp_path)])
+    assert flag.split()[0] in error and "best.pt" in error
+
+
+def test_bad_files_are_refused_in_a_sentence(toy, trained, pretrained, tmp_path, capsys):
+    best, out = str(trained / "best.pt"), ["--out", str(tmp_path / "out")]
+    sources = ["--train", str(toy / "train.json"), "--val", str(toy / "val.json")]
+    table = json.loads((toy / "val.json").read_text())
+    table["categories"][0]["name"] = "sphere"
+    (toy / "other.json").write_text(json.dumps(table))
+    (tmp_path / "torn.pt").write_bytes(Path(best).read_bytes()[:5000])
+    backbone = {k.removeprefix(convert.BODY): v for k, v in build_detector("vanilla", 2, **SMALL).state_dict().items()
+                if k.startswith(convert.BODY)}  # fmt: skip
+    torch.save(backbone, tmp_path / "backbone.pth")
+    cases = {
+        "no class head": ["--eval-only", "--init", str(pretrained), "--val", str(toy / "val.json")],
+        "sphere": ["--eval-only", "--init", best, "--val", str(toy / "other.json")],
+        "nowhere.json": ["--train", "nowhere.json", "--val", str(toy / "val.json")],
+        "torn.pt": [*sources, "--init", str(tmp_path / "torn.pt")],
+        "only a backbone": [*sources, "--init", str(tmp_path / "backbone.pth")],
+        "nofile.pt": ["--predict", str(toy / "val"), "--init", "nofile.pt"],
+        "settings.json": ["--predict", str(toy / "settings.json"), "--init", best],
+        "divisible by 3": [*sources, *SMALL_FLAGS, "--batch-size", "4", "--micro-batch", "3"],
+    }
+    for words, flags in cases.items():
+        assert words in refused(capsys, [*flags, *out])
+
+
+@pytest.mark.parametrize("flags", [["--train", "a"], ["--eval-only", "--val", "b"], ["--predict", "c"], ["--val", "b"],
+                                   ["--train", "a", "--val", "b", "--epochs", "0"]])  # fmt: skip
+def test_parse_args_refuses_what_cannot_run(flags):
+    with pytest.raises(SystemExit) as stopped:
+        finetune.parse_args(flags)
+    assert stopped.value.code == 2
+
+
+# ---- processes
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_each_image_once_and_train_as_one(toy, trained, tmp_path):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "finetune.py"]
+    flags = ["--eval-only", "--init", str(trained / "best.pt"), "--val", str(toy / "val.json"), "--workers", "0"]
+    subprocess.run([*torchrun, *flags, "--out", str(tmp_path / "two")], cwd=ROOT, env=env, check=True)
+    one = evaluate(trained / "best.pt", toy / "val.json", tmp_path)
+    two = json.loads((tmp_path / "two" / "detections.json").read_text())
+    assert [r["image_id"] for r in one] == [r["image_id"] for r in two]
+    assert [r["score"] for r in one] == pytest.approx([r["score"] for r in two], abs=1e-6)
+
+    table = json.loads((toy / "train.json").read_text())  # images of one size: padding moves convolution borders
+    for image in table["images"][:4]:
+        Image.open(toy / image["file_name"]).resize((96, 64)).save(toy / image["file_name"])
+        image.update(width=96, height=64)
+    (toy / "equal.json").write_text(json.dumps(table))
+    flags = ["--train", str(toy / "equal.json"), "--overfit", "4", *SMALL_FLAGS, *FAST, "--epochs", "3"]
+    assert finetune.main([*flags, "--device", "cpu", "--out", str(tmp_path / "three")]) == 0
+    command = [*torchrun, *flags, "--device", "cpu", "--micro-batch", "1", "--out", str(tmp_path / "four")]
+    subprocess.run(command, cwd=ROOT, env=env, check=True)
+    for key in ("loss", "grad_norm", "l1"):
+        three, four = (logged(tmp_path / name, key) for name in ("three", "four"))
+        assert three == pytest.approx(four, rel=1e-4)
