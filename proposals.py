@@ -38,6 +38,7 @@ KINDS = ("edgeboxes", "selective-search", "random", "gt")
 DEFAULTS = {"kind": "edgeboxes", "max_boxes": 512, "draws": 1, "seed": 0, "edge_model": None}  # 512: released code
 MIN_SIDE = 16  # pixels; UP-DETR's limit
 FRAME = 320  # longest side of the edge map (ours: speed)
+cv2.setNumThreads(1)  # one process per core; a pool of threads would not survive the fork of the workers
 
 # ---------------------------------------------------------------- boxes of one image
 
@@ -300,7 +301,6 @@ def fill(part, indices, workers, make):
 
 def record(images, labels, settings, index):
     """Length, CRC, a json line, boxes, scores; the json is [w, h, boxes of each draw], or why the image is rejected."""
-    cv2.setNumThreads(1)
     try:
         image = load_image(images.root / images.paths[index])
         if min(image.size) < MIN_SIDE:
@@ -353,9 +353,10 @@ def join(out, parts, images, kind):
     if not len(table):
         raise ValueError(f"all {len(heads)} images are rejected, the first, {images.paths[0]!r}, for: {heads[0]}")
     sizes, counts, end = table[:, :2], table[:, 2:], 0
+    total = int(counts.sum())  # a plain int: numpy would write its own type's name into the file
     wide = kind == "gt" or sizes.max() >= 2**15  # labelled boxes have fractions
-    boxes = open_memmap(out / "boxes.npy", "w+", np.float32 if wide else np.int16, (counts.sum(), 4))
-    scores = open_memmap(out / "scores.npy", "w+", np.float32, (counts.sum(),))
+    boxes = open_memmap(out / "boxes.npy", "w+", np.float32 if wide else np.int16, (total, 4))
+    scores = open_memmap(out / "scores.npy", "w+", np.float32, (total,))
     for _, body, _ in records(*parts):
         rows = np.frombuffer(body, "<f4")
         start, end = end, end + len(rows) // 5

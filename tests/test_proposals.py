@@ -388,7 +388,7 @@ def test_command_takes_its_shard_from_torchrun(monkeypatch):
 
 
 def write_forest(path):
-    """A structured forest of one tree with one question: is the patch's centre a strong gradient? Then a vertical line."""
+    """A structured forest of one tree with one question: is its centre a strong gradient? Then a vertical line."""
     options = dict(stride=2, shrinkNumber=2, patchSize=32, patchInnerSize=16, numberOfGradientOrientations=4,
                    gradientSmoothingRadius=0, regFeatureSmoothingRadius=2, ssFeatureSmoothingRadius=8,
                    gradientNormalizationRadius=4, selfsimilarityGridSize=5, numberOfTrees=1,

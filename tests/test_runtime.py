@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pickle
+import resource
 import signal
 import socket
 import subprocess
@@ -46,9 +47,6 @@ def test_seed_step_is_a_function_of_seed_step_and_rank():
         runtime.seed_step(*key)
         assert torch.rand(4).tolist() == draws[key]
     assert len({tuple(d) for d in draws.values()}) == 27
-
-
-def test_uses_of_one_key_are_different_streams():
     # numpy pads keys with zeros: alone, they make the shuffle of epoch 3 and the dropout of step 3 on rank 0 one stream
     assert np.random.SeedSequence((7, 3)).generate_state(1) == np.random.SeedSequence((7, 3, 0)).generate_state(1)
     assert runtime._seed(0, 7, 3) != runtime._seed(1, 7, 3, 0)
@@ -282,16 +280,13 @@ def test_read_checkpoint_never_executes_a_malicious_file(tmp_path, monkeypatch):
     assert not Path("EXECUTED").exists()
 
 
-def test_read_checkpoint_refuses_an_archive_that_unpacks_to_more(tmp_path):
+def test_read_checkpoint_refuses_an_archive_that_unpacks_to_more_and_a_missing_file(tmp_path):
     path = runtime.save_checkpoint(tmp_path, 1, {"w": torch.zeros(10**6)})
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist():
             new.writestr(name, old.read(name))
     with pytest.raises(ValueError, match="bomb.pt.*more than its own size"):
         runtime.read_checkpoint(tmp_path / "bomb.pt")
-
-
-def test_read_checkpoint_of_a_missing_file_is_an_os_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.pt"):
         runtime.read_checkpoint(tmp_path / "nothing.pt")
 
@@ -334,15 +329,14 @@ def test_full_disk_leaves_the_old_checkpoints_and_says_so(tmp_path, monkeypatch,
 
 
 def test_write_that_fails_half_way_names_its_cause(tmp_path):
-    code = """
-import resource, signal, torch, runtime
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # the kernel refuses the rest of the file
-runtime.save_checkpoint("OUT", 1, {"w": torch.zeros(1000)})
-runtime.save_checkpoint("OUT", 2, {"w": torch.zeros(100_000)})
-""".replace("OUT", str(tmp_path))
-    stderr = start_python(code).communicate(timeout=60)[1].splitlines()[-1]
-    assert stderr.startswith("OSError: ") and "step-00000002.pt: not written" in stderr and "File too large" in stderr
+    runtime.save_checkpoint(tmp_path, 1, state(1))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # the kernel refuses the rest of the file
+    try:
+        with pytest.raises(OSError, match="step-00000002.pt: not written.*File too large"):
+            runtime.save_checkpoint(tmp_path, 2, {"w": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert names(tmp_path) == ["step-00000001.pt"]
 
 
@@ -457,15 +451,14 @@ with runtime.stop_on_signals() as stop:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_at_the_step_boundary_and_exits_with_its_own_code(tmp_path, number):
+def test_signals_save_at_the_step_boundary_and_exit_with_their_own_code(tmp_path):
     p = start_python(LOOP.replace("OUT", str(tmp_path)).replace("FAIL", "-1"))
-    for _ in range(3):
-        p.stdout.readline()
-    os.killpg(p.pid, number)  # as a scheduler or Ctrl-C does: the workers are signalled too
+    steps = [p.stdout.readline() for _ in range(3)]
+    os.killpg(p.pid, signal.SIGINT)  # Ctrl-C and schedulers reach the workers too
+    os.killpg(p.pid, signal.SIGTERM)
     stdout, stderr = p.communicate(timeout=60)
     assert p.returncode == runtime.STOPPED == 75 and not stderr
-    assert runtime.latest_checkpoint(tmp_path)[1]["step"] == int(stdout.split()[-1])
+    assert runtime.latest_checkpoint(tmp_path)[1]["step"] == int([*steps, *stdout.split()][-1])
 
 
 def test_error_in_the_main_process_does_not_wait_for_its_workers():
