@@ -153,13 +153,11 @@ def read_log(path):
     path = path / "log.jsonl" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"{path}: no such log; give the --out folder of a run")
-    text = path.read_text("utf-8")
-    lines = text[: text.rfind("\n") + 1].splitlines()  # without the half line of a run that is writing just now
     try:
-        records = [json.loads(line) for line in lines]
+        lines = path.read_text("utf-8").split("\n")[:-1]  # without the half line of a run that is writing just now
+        return [json.loads(line) for line in lines]
     except ValueError as error:
         raise ValueError(f"{path}: not a log, a line is not JSON ({error})") from error
-    return [r for r in records if isinstance(r, dict)]
 
 
 def _numpy(x):

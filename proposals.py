@@ -94,8 +94,8 @@ def load_forest(path):
     """The detector for `forest`; raises ValueError when the file is missing or holds none."""
     if Path(path).is_file():
         try:  # OpenCV would divide by the number of trees unseen
-            options = cv2.FileStorage(str(path), cv2.FILE_STORAGE_READ).getNode("options")
-            if options.getNode("numberOfTrees").real() >= 1:
+            file = cv2.FileStorage(str(path), cv2.FILE_STORAGE_READ)
+            if file.getNode("options").getNode("numberOfTrees").real() >= 1:
                 return cv2.ximgproc.createStructuredEdgeDetection(str(path))
         except (cv2.error, SystemError):
             pass
@@ -363,7 +363,7 @@ def join(out, parts, images, kind):
         boxes[start:end], scores[start:end] = rows[: 4 * (end - start)].reshape(-1, 4), rows[4 * (end - start) :]
     np.save(out / "offsets.npy", np.append(0, counts.cumsum()))
     np.save(out / "sizes.npy", sizes.astype(np.int32))
-    meta = {"images": len(sizes), "boxes": len(boxes), "root": str(images.root), "rejected": rejected}
+    meta = {"images": len(sizes), "boxes": total, "root": str(images.root), "rejected": rejected}
     write_json(out / "meta.json", meta)
     shutil.rmtree(out / "parts")
     return True

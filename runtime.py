@@ -50,8 +50,8 @@ def setup(device_flag="auto"):
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(minutes=30))
     except (RuntimeError, ValueError) as error:
-        why = sentence(error)
-        raise ValueError(f"process {rank} of {world} on {device}: {why}; start by torchrun, a GPU each") from error
+        process = f"process {rank} of {world} on {device}"
+        raise ValueError(f"{process}: {sentence(error)}; start by torchrun, a GPU each") from error
     return Run(device, rank, world)
 
 
@@ -217,10 +217,10 @@ def latest_checkpoint(out, map_location="cpu"):
             state = read_checkpoint(path, map_location)
         except ValueError as error:
             torn += f"{error}; "
-            continue
-        if torn and _place()[0] == 0:
-            tqdm.write(f"warning: {torn}continuing from {path.name}")
-        return path, state
+        else:
+            if torn and _place()[0] == 0:
+                tqdm.write(f"warning: {torn}continuing from {path.name}")
+            return path, state
     if torn:
         raise ValueError(f"{torn}no readable checkpoint is left, choose another --out to begin again")
 
