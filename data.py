@@ -585,10 +585,13 @@ def main(argv=None):
             command.add_argument("--split", default="trainval", help="of VOC roots: ImageSets/Main/SPLIT.txt")
         if name != "check":
             command.add_argument("out", type=Path)
+        if name == "toy":
+            for part, count in (("unlabelled", 600), ("train", 64), ("val", 64)):
+                command.add_argument(f"--{part}", type=int, default=count, help=f"scenes (default {count})")
     args = parser.parse_args(argv)
     try:
         if args.command == "toy":
-            print(write_toy(args.out))
+            print(write_toy(args.out, args.unlabelled, args.train, args.val))
         elif args.command == "voc2coco":
             voc2coco(args.paths, args.out, args.split)
         else:

@@ -1,0 +1,26 @@
+"""The README's first command, small: every step runs and every product is there."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.demo import table
+
+
+def test_table_lists_both_arms_at_common_epochs():
+    points = {"from scratch": [{"epoch": 2, "AP": 0.1, "AP50": 0.2}, {"epoch": 4, "AP": 0.2, "AP50": 0.3}]}
+    points["pretrained"] = [{"epoch": 2, "AP": 0.3, "AP50": 0.45}]
+    assert table(points).splitlines()[-1].split() == ["2", "20.0", "10.0", "45.0", "30.0"]
+
+
+@pytest.mark.slow
+def test_quick_demo_ends_with_its_table_and_pictures(tmp_path):
+    command = [sys.executable, "-m", "bench.demo", "--quick", "--out", str(tmp_path / "demo")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "from scratch" in done.stdout and "demo: " in done.stdout.splitlines()[-1]
+    names = {path.name for path in (tmp_path / "demo").glob("*.png")}
+    assert names == {"views.png", "proposals.png", "pretrain.png", "finetune.png", "ap.png"}
+    assert len(list((tmp_path / "demo" / "detections").glob("*.png"))) == 6
