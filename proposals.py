@@ -99,9 +99,7 @@ def load_forest(path):
                 return cv2.ximgproc.createStructuredEdgeDetection(str(path))
         except (cv2.error, SystemError):
             pass
-    raise ValueError(
-        f"--edge-model {path} is missing or no structured forest: get OpenCV's model.yml.gz, or leave it out"
-    )
+    raise ValueError(f"--edge-model {path} is missing or no forest: get OpenCV's model.yml.gz, or leave it out")
 
 
 def selective_search(image, max_boxes=512, seeds=(0,)):
@@ -244,9 +242,7 @@ def prepare(source, workers, shard, kind, max_boxes, draws, seed, edge_model):
     """(ImageList, (size, boxes) of each image for gt, what else must not change); ValueError on bad settings."""
     labels, plan = [], {"version": 1, "shards": shard[1]}
     if kind not in KINDS or min(max_boxes, draws, workers) < 1 or seed < 0 or not 0 <= shard[0] < shard[1]:
-        raise ValueError(
-            f"want kind of {KINDS}, max-boxes, draws, workers from 1, seed from 0, shard i/n with i from 0 to n - 1"
-        )
+        raise ValueError(f"want a kind of {KINDS}; max-boxes, draws, workers >= 1; seed >= 0; shard i/n, 0 <= i < n")
     if (draws > 1 and kind in ("edgeboxes", "gt")) or (edge_model and kind != "edgeboxes"):
         raise ValueError(f"--kind {kind}: --draws is for random and selective-search, --edge-model for edgeboxes")
     if kind in ("edgeboxes", "selective-search") and not hasattr(cv2, "ximgproc"):
@@ -274,9 +270,7 @@ def begin(out, plan, source, paths):
     old, known, complete = read_json(out / "plan.json"), read_json(out / "list.json"), (out / "meta.json").is_file()
     for name in plan:
         if old.get(name) != plan[name] and not (complete and name == "shards"):
-            raise ValueError(
-                f"{out} was begun with {name} {old.get(name)}, not {plan[name]}: give that, or another OUT"
-            )
+            raise ValueError(f"{out} has {name} {old.get(name)}, not {plan[name]}: give the old one, or another OUT")
     same_files(out, source, paths, known)
     if paths != known:
         raise ValueError(f"{source} lists its images in another order than when {out} was begun: give another OUT")
@@ -361,10 +355,11 @@ def join(out, parts, images, kind):
         rows = np.frombuffer(body, "<f4")
         start, end = end, end + len(rows) // 5
         boxes[start:end], scores[start:end] = rows[: 4 * (end - start)].reshape(-1, 4), rows[4 * (end - start) :]
+    boxes.flush()
+    scores.flush()
     np.save(out / "offsets.npy", np.append(0, counts.cumsum()))
     np.save(out / "sizes.npy", sizes.astype(np.int32))
-    meta = {"images": len(sizes), "boxes": total, "root": str(images.root), "rejected": rejected}
-    write_json(out / "meta.json", meta)
+    write_json(out / "meta.json", {"root": str(images.root), "boxes": total, "rejected": rejected})
     shutil.rmtree(out / "parts")
     return True
 
@@ -384,9 +379,10 @@ def parse_args(argv=None):
     g.add_argument("--draws", type=int, help="of random and selective-search; epoch e takes e modulo draws")
     g.add_argument("--seed", type=int, help="of random and selective-search")
     g = parser.add_argument_group("run")
-    g.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-    place = f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
-    g.add_argument("--shard", type=shard, default=place, metavar="I/N", help="part I, from 0, of N; torchrun sets it")
+    torchrun = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in torchrun)
+    g.add_argument("--workers", type=int, default=max(1, os.cpu_count() // local), help="processes")
+    g.add_argument("--shard", type=shard, default=f"{rank}/{world}", metavar="I/N", help="part I, from 0, of N")
     parser.set_defaults(**DEFAULTS)
     return parser.parse_args(argv)
 
@@ -400,8 +396,8 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         cache = write_cache(**vars(args))
-    except (ValueError, OSError) as error:
-        print(f"proposals.py: {error}", file=sys.stderr)
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        print(f"proposals.py: {str(error) or 'stopped; the same command goes on from here'}", file=sys.stderr)
         sys.exit(2)
     if cache is None:
         print(f"{args.out}: shard {args.shard[0]} of {args.shard[1]} is done, the last one completes the cache")
