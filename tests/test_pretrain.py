@@ -201,6 +201,30 @@ def test_bad_settings_end_with_one_sentence(photos, tmp_path, capsys, flags, mes
     assert message in last and last.startswith("pretrain.py: ") and "Traceback" not in err
 
 
+def test_query_init_scales_the_start_of_the_queries(photos, tmp_path, capsys):
+    args = parse_args(["--data", str(photos), "--out", "unused", *TINY])
+    full = tiny_net(args).detector.query_embed.weight
+    args.query_init = 0.1
+    assert torch.allclose(tiny_net(args).detector.query_embed.weight, 0.1 * full)
+    assert pretrain(photos, tmp_path, "--variant", "dab", "--query-init", "0.1") == 2
+    assert "--query-init 0.1" in capsys.readouterr().err
+
+
+def test_init_starts_from_a_checkpoints_detector(photos, tmp_path):
+    pretrain(photos, tmp_path / "first")
+    path = latest_checkpoint(tmp_path / "first")[0]
+    args = parse_args(["--data", str(photos), "--out", "unused", *TINY, "--init", str(path), "--seed", "5"])
+    state, old = tiny_net(args).detector.state_dict(), latest_checkpoint(tmp_path / "first")[1]["model"]
+    assert all(torch.equal(v, old[k]) for k, v in state.items() if not k.startswith("class_embed"))
+
+
+def test_group_matching_keeps_every_match_in_its_group_and_limit_cuts_the_data(photos, tmp_path):
+    assert pretrain(photos, tmp_path, "--match", "group", "--limit", "10", "--region-target", "roi") == 0
+    lines = log(tmp_path)
+    assert lines[0]["photographs"] + lines[0]["held_out"] == 10
+    assert all(line["own_group"] == 1 for line in lines if "loss" in line)
+
+
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_unreadable_photograph_is_named_and_never_replaced(photos, tmp_path, capsys, workers):
     folder = tmp_path / "in"
