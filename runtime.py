@@ -157,7 +157,7 @@ def _start_worker(leaving, _):
 
 
 def save_checkpoint(out, step, state, keep_every=None):
-    """Write out/step-XXXXXXXX.pt on rank 0 and keep the newest two, plus the multiples of `keep_every` -> its path."""
+    """Write out/step-NNNNNNNN.pt on rank 0 and keep the newest two, plus the multiples of `keep_every` -> its path."""
     path = Path(out) / f"step-{step:08d}.pt"
     if _place()[0] == 0:
         write_checkpoint(path, state)
