@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
+import losses
 from detectors import image_encoding
 from model import VARIANTS, BatchNorm, Siamese, build_detector, folded, noisy_targets, swap_views
 
@@ -97,9 +98,22 @@ def test_detector_reproduces_official_outputs(variant, monkeypatch):
     with torch.no_grad():
         pred = detector(*golden_filler.inputs())
     ours = golden_filler.digest(pred.logits, pred.boxes)
-    theirs = json.loads((SHARED / "golden" / "golden_variants.json").read_text())[GOLDEN[variant]]
-    for key, numbers in theirs.items():
+    golden = json.loads((SHARED / "golden" / "golden_variants.json").read_text())
+    for key, numbers in golden[GOLDEN[variant]].items():
         assert torch.allclose(torch.tensor(ours[key]), torch.tensor(numbers), atol=2e-4), key
+
+    # the same outputs against the filler's targets: the official loss terms of every layer, the last one without suffix
+    row, official = detector.row, golden[f"loss_{GOLDEN[variant]}"]["losses"]
+    labels = torch.nn.utils.rnn.pad_sequence([t["labels"] for t in golden_filler.TARGETS], batch_first=True)
+    boxes = torch.nn.utils.rnn.pad_sequence([t["boxes"] for t in golden_filler.TARGETS], batch_first=True)
+    valid = boxes[..., 2] > 0
+    match = losses.match(pred.logits, pred.boxes, labels, boxes, valid, softmax=row.softmax, cost_class=row.cost_class)
+    terms = losses.detection_losses(
+        pred.logits, pred.boxes, match, labels, boxes, softmax=row.softmax, num_boxes=valid.sum()
+    )
+    for ours, theirs in {"class": "loss_ce", "l1": "loss_bbox", "giou": "loss_giou"}.items():
+        layers = [official[f"{theirs}_{i}"] for i in range(5)] + [official[theirs]]
+        assert torch.allclose(terms[ours], torch.tensor(layers), rtol=1e-4), ours
     sys.modules.pop("golden_filler")
 
 
