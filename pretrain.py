@@ -85,8 +85,6 @@ def parse_args(argv=None):
     g.add_argument("--enc-layers", type=int, default=6)
     g.add_argument("--dec-layers", type=int, default=6)
     g.add_argument("--num-queries", type=int, help="default: the variant's, 100 or 300")
-    g.add_argument("--query-init", type=float, default=1.0, help="standard deviation of phi_q at the start (default 1, "
-                   "official; small: z, not the slot, tells queries apart from the first step)")  # fmt: skip
     g.add_argument("--dropout", type=float, help="default: the variant's, 0.1 or 0")
     g.add_argument("--pre-norm", action="store_true", help="vanilla with norms before the layers, as UP-DETR")
     g.add_argument("--box-refine", action="store_true", help="Deformable with refined boxes (not in the paper)")
@@ -269,10 +267,6 @@ def build_net(args, run):
         optional["stride"] = args.stride
     detector = build_detector(args.variant, num_classes=2, backbone=args.backbone, hidden_dim=args.hidden_dim,
                               enc_layers=args.enc_layers, dec_layers=args.dec_layers, **optional)  # fmt: skip
-    if args.query_init != 1:
-        if VARIANTS[args.variant].anchors:
-            raise ValueError(f"--query-init {args.query_init}: {args.variant}'s queries are anchors; leave it out")
-        detector.query_embed.weight.data[:, : args.hidden_dim] *= args.query_init  # phi_q; Deformable's content stays
     net = Siamese(detector, args.region_target, not args.no_global, args.region_stride, args.centre_features)
     messages = [] if args.backbone_weights == "random" else load_backbone(detector, args.backbone_weights)
     if args.init:

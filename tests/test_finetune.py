@@ -106,7 +106,6 @@ def test_recipes_hold_the_published_schedules():
 
 
 def test_flags_are_the_documented_ones():
-    assert len(vars(parse())) <= 45
     assert set(vars(parse())) == set(
         "train val fraction fraction_seed limit overfit resolution workers init variant backbone backbone_weights "
         "stride hidden_dim enc_layers dec_layers num_queries dropout pre_norm box_refine recipe epochs drop_epoch "
@@ -196,8 +195,7 @@ def test_resume_equals_uninterrupted(toy, tmp_path, monkeypatch):
 def test_resume_of_a_finished_run_says_so_and_of_another_is_refused(toy, trained, capsys):
     before = (trained / "log.jsonl").read_bytes()
     run(toy, trained, "--epochs 2")
-    assert "is finished, 4 of 4 steps" in capsys.readouterr().out
-    assert (trained / "log.jsonl").read_bytes() == before
+    assert "is finished, 4 of 4 steps" in capsys.readouterr().out and (trained / "log.jsonl").read_bytes() == before
     run(toy, trained, "--epochs 2 --lr 1e-4", code=2)
     assert "--lr was 0.001, is 0.0001" in capsys.readouterr().err
 
@@ -213,7 +211,6 @@ def test_checkpoints_are_the_best_and_the_newest_two_and_those_to_keep(toy, tmp_
 @pytest.fixture
 def pretrained(tmp_path):
     """What pretrain.py writes, of a small vanilla detector with its own heads."""
-    torch.manual_seed(1)
     detector = build_detector("vanilla", 2, **SMALL)
     net = Siamese(detector, region_target="none", use_global=False)
     pretext = {k: v for k, v in net.state_dict().items() if not k.startswith("detector.")}
@@ -249,9 +246,8 @@ def test_coco_metrics_equal_pycocotools_on_the_files(toy):
     annotations, coco = data.read_annotations(toy / "crowd.json"), COCO(toy / "crowd.json")
     results = disturbed(truth(annotations))
     evaluation = COCOeval(coco, coco.loadRes(json.loads(json.dumps(results))), "bbox")
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summarize()
+    for stage in (evaluation.evaluate, evaluation.accumulate, evaluation.summarize):
+        stage()
     metrics, per_class = finetune.coco_metrics(annotations, results)
     assert list(metrics) == finetune.METRICS and 0.1 < metrics["AP"] < 0.9
     assert list(metrics.values()) == pytest.approx(evaluation.stats.tolist(), abs=1e-9)
@@ -298,9 +294,8 @@ def test_classes_come_from_the_json_with_its_gaps(toy, tmp_path):
     run(toy, tmp_path, "--epochs 1", train="gaps_train.json", val="gaps_val.json")
     state = runtime.read_checkpoint(tmp_path / "step-00000002.pt")
     assert state["model"]["class_embed.weight"].shape[0] == 6
-    assert [number for number, _ in state["meta"]["classes"]] == [3, 7, 11, 40, 90, 91]
     results = evaluate(tmp_path / "step-00000002.pt", toy / "gaps_val.json", tmp_path)
-    assert {r["category_id"] for r in results} == {3, 7, 11, 40, 90, 91}
+    assert {r["category_id"] for r in results} == {3, 7, 11, 40, 90, 91} == set(dict(state["meta"]["classes"]))
 
 
 def test_detect_gives_the_boxes_of_the_evaluation(toy, trained, val):
@@ -313,8 +308,9 @@ def test_detect_gives_the_boxes_of_the_evaluation(toy, trained, val):
     )
     mine = [r for r in rows if r["image_id"] == image["id"]]
     assert len(found) == len(mine) and [s for _, s, _ in found] == sorted((s for _, s, _ in found), reverse=True)
-    names = dict(val.categories)
-    theirs = torch.tensor([[classes.index(names[r["category_id"]]), r["score"], *r["bbox"]] for r in mine])
+    theirs = torch.tensor(
+        [[classes.index(dict(val.categories)[r["category_id"]]), r["score"], *r["bbox"]] for r in mine]
+    )
     for name, score, (x0, y0, x1, y1) in found:  # the order of equal scores is open
         row = torch.tensor([classes.index(name), score, x0, y0, x1 - x0, y1 - y0])
         assert (theirs - row).abs().amax(1).min() < 1e-2
