@@ -199,7 +199,7 @@ def pretrain(args, run, stop):
             total = losses.weighted_sum(terms, weights)  # Eq. (13)
             (total / sampler.accumulate).backward()
             values = {"loss": total.detach(), **{k: v.detach().sum() for k, v in terms.items()}}
-            window.append({**values, "own_group": own_group, "no_proposal": batch.fallback.float().mean()})
+            window.append({**values, "batch_own_group": own_group, "no_proposal": batch.fallback.float().mean()})
         norm = nn.utils.clip_grad_norm_(parameters, args.clip)  # released code
         if not norm.isfinite():
             paths = [train_set.paths[i] for i in batch.index.tolist()]

@@ -89,8 +89,9 @@ def pictures(out, toy, boxes, pre, runs, points):
     run("finetune.py", "--predict", toy / "val", "--limit", 6, "--init", runs["pretrained"] / "best.pt",
         "--threshold", 0.3, "--out", out / "detections")  # fmt: skip
     plots.save_proposals(out / "proposals.png", load_image(photo), cache.boxes(0))
-    plots.save_curves(out / "pretrain.png", {"pretrain": pre})
-    plots.save_curves(out / "finetune.png", runs)
+    losses, report = ["loss", "l1", "giou", "region", "global"], ["iou_own", "iou_exchanged", "iou_gain", "cos_gain"]
+    plots.save_curves(out / "pretrain.png", {"pretrain": pre}, [*losses, *report])
+    plots.save_curves(out / "finetune.png", runs, ["loss", "class", "l1", "giou", "AP50", "AP75"])
     plots.save_ap(
         out / "ap.png", {name: [(r["epoch"], r["AP"], r["AP50"]) for r in rows] for name, rows in points.items()}
     )

@@ -59,7 +59,7 @@ def test_run_writes_settings_terms_report_and_picture(photos, tmp_path):
         "class": 1, "l1": 5, "giou": 2, "region": 5, "global": 10}  # fmt: skip
     terms = [line for line in lines if "loss" in line]
     assert [line["step"] for line in terms] == [1, 2, 3, 4, 5, 6]
-    assert {"class", "l1", "giou", "region", "global", "own_group", "grad_norm"} <= terms[0].keys()
+    assert {"class", "l1", "giou", "region", "global", "batch_own_group", "grad_norm"} <= terms[0].keys()
     reports = [line for line in lines if "iou_own" in line]
     assert [line["step"] for line in reports] == [3, 6] and "iou_gain_95" in reports[0]
     assert (tmp_path / "regions-00000006.png").stat().st_size > 10_000
@@ -213,7 +213,7 @@ def test_group_matching_keeps_every_match_in_its_group_and_limit_cuts_the_data(p
     assert pretrain(photos, tmp_path, "--match", "group", "--limit", "10", "--region-target", "roi") == 0
     lines = log(tmp_path)
     assert lines[0]["photographs"] + lines[0]["held_out"] == 10
-    assert all(line["own_group"] == 1 for line in lines if "loss" in line)
+    assert all(line["batch_own_group"] == 1 for line in lines if "loss" in line)
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
