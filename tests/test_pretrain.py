@@ -14,7 +14,17 @@ from torch import nn
 
 import losses
 from model import VARIANTS, Prediction
-from pretrain import RECIPES, best_of_group, build_data, inputs, main, paired_iou, parse_args, region_report
+from pretrain import (
+    RECIPES,
+    REGION_WEIGHT,
+    best_of_group,
+    build_data,
+    inputs,
+    main,
+    paired_iou,
+    parse_args,
+    region_report,
+)
 from runtime import Run, latest_checkpoint
 from views import collate_views
 
@@ -178,7 +188,8 @@ def test_recipes_are_the_published_ones():
         1e-4,
         "conditional",
     )
-    assert set(VARIANTS) >= {"vanilla", "conditional"}
+    assert [RECIPES["imagenet"]["region"].get(v, REGION_WEIGHT) for v in VARIANTS] == [3, 5, 3, 3, 3, 3]
+    assert RECIPES["coco"]["region"] == {} and REGION_WEIGHT == 3
 
 
 @pytest.mark.parametrize(
@@ -199,6 +210,21 @@ def test_bad_settings_end_with_one_sentence(photos, tmp_path, capsys, flags, mes
     err = capsys.readouterr().err
     last = err.splitlines()[-1]
     assert message in last and last.startswith("pretrain.py: ") and "Traceback" not in err
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_pretrains(photos, tmp_path, variant):
+    assert pretrain(photos, tmp_path, "--variant", variant, "--steps", "1") == 0
+    (terms,) = [line for line in log(tmp_path) if "loss" in line]
+    (report,) = [line for line in log(tmp_path) if "iou_own" in line]
+    assert 0 < terms["loss"] < 200 and 0 <= report["iou_own"] <= 1
+
+
+@pytest.mark.slow
+def test_toy_scenes_are_drawn_once_and_pretrained_on(tmp_path, capsys):
+    assert pretrain("toy", tmp_path, "--steps", "1") == 0
+    assert log(tmp_path)[0]["photographs"] + log(tmp_path)[0]["held_out"] == 600
+    assert pretrain("toy", tmp_path, "--steps", "1") == 0 and "finished" in capsys.readouterr().out
 
 
 def test_init_starts_from_a_checkpoints_detector(photos, tmp_path):
