@@ -47,6 +47,9 @@ def parse_args(argv=None):
     g.add_argument("--data", required=True, help="folder, list file or COCO json of photographs; or 'toy'")
     g.add_argument("--proposals", default="random", help="cache written by proposals.py, or 'random' (default)")
     g.add_argument("--num-regions", type=int, default=10, help="n of Sec. 3.2, the overlap included (default 10)")
+    g.add_argument(
+        "--region-nms", type=float, default=1.0, metavar="IOU", help="drop regions more alike (default 1: none)"
+    )
     g.add_argument("--tau", type=float, default=0.5, help="least IoU of the two views (default 0.5, Sec. 3.2)")
     g.add_argument("--resolution", type=int, help="nominal short side, pixels (default: the recipe's, 384 or 640)")
     g.add_argument("--limit", type=int, help="use the first N photographs only, for a quick look")
@@ -238,7 +241,8 @@ def build_data(args, run):
         raise ValueError(f"{args.data}: no photographs found; give a folder, a list file or a COCO json")
     short_sides, longest = scaled(args.recipe, args.resolution)
     common = dict(method=args.method, num_regions=args.num_regions, tau=args.tau, short_sides=short_sides,
-                  longest=longest, crops=args.region_target == "crop", seed=args.seed)  # fmt: skip
+                  longest=longest, crops=args.region_target == "crop", region_nms=args.region_nms,
+                  seed=args.seed)  # fmt: skip
     order = torch.randperm(len(images.paths), generator=torch.Generator().manual_seed(0)).tolist()
     held_out = min(HELD_OUT, len(order) // 10)
     train_set = Part(ViewDataset(images, proposals, **common), sorted(order[held_out:]))

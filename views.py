@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.ops import box_convert
+from torchvision.ops import box_convert, nms
 
 from data import ImageList, load_image, pad_stack, resize_size, stream
 
@@ -57,14 +57,16 @@ class ViewDataset(Dataset):
 
     def __init__(self, images: ImageList, proposals=None, *, method="siamese", num_regions=10, tau=0.5,
                  short_sides=SHORT_SIDES["imagenet"][0], longest=SHORT_SIDES["imagenet"][1], jitter=0.1, crop_size=128,
-                 crops=True, augment=True, seed=0):  # fmt: skip
+                 crops=True, augment=True, region_nms=1.0, seed=0):  # fmt: skip
         if method != "siamese":
             raise ValueError(f"method {method!r} has no views yet: only 'siamese' has")
         if not (0 < tau <= 1 and num_regions >= 1 and 0 <= jitter < 0.5):  # from 0.5 on, jitter turns boxes inside out
             raise ValueError(f"tau {tau}, num_regions {num_regions}, jitter {jitter}: want (0, 1], 1 or more, [0, 0.5)")
+        if not 0 < region_nms <= 1:
+            raise ValueError(f"region_nms {region_nms}: want an IoU in (0, 1]; 1 keeps all regions")
         self.images, self.proposals, self.num_regions, self.tau = images, proposals, num_regions, tau
         self.short_sides, self.longest, self.jitter, self.seed = tuple(short_sides), longest, jitter, seed
-        self.crop_size, self.crops, self.augment = crop_size, crops, augment
+        self.crop_size, self.crops, self.augment, self.region_nms = crop_size, crops, augment, region_nms
 
     def __len__(self):
         return len(self.images.paths)
@@ -85,7 +87,7 @@ class ViewDataset(Dataset):
         if flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             proposals = map_boxes(proposals, (0, 0, *base), (base[0], 0, 0, base[1]))[:, [2, 1, 0, 3]]
-        regions, fallback = choose_regions(proposals, overlap, self.num_regions, g)
+        regions, fallback = choose_regions(proposals, overlap, self.num_regions, g, self.region_nms)
         boxes = torch.stack([map_boxes(regions, rect, UNIT) for rect in rects])  # (V, R, 4), in [0, 1] to the last bit
         rois = jitter_boxes(boxes, self.jitter, g, UNIT)  # from the item's key; the released code draws on the device
         views = [cut(image, rect, base, (outer[2] - outer[0], outer[3] - outer[1])) for rect in rects]
@@ -176,11 +178,12 @@ def map_boxes(boxes_xyxy, source, target):
     return (boxes_xyxy - row(*source[:2])) * row(*new_size) / row(*size) + row(*target[:2])
 
 
-def choose_regions(boxes_xyxy, overlap, count, g):
+def choose_regions(boxes_xyxy, overlap, count, g, nms_iou=1.0):
     """Figure 3 (c): the overlap and `count` - 1 proposals in it, (count, 4) xyxy, and whether none survived.
 
     Proposals are clipped to the overlap and kept, best first, if they fill 5 % of it, the same share in both views
     (released code; the paper picks at random). Too few are repeated in turn with jitter, none gives random boxes.
+    Clipping makes boxes alike: below 1, `nms_iou` leaves out those with a higher IoU with a better one (ours).
     """
     boxes = clip(boxes_xyxy, overlap)  # the released code clips one pixel short and drops boxes for float noise
     sides = boxes[:, 2:] - boxes[:, :2]
@@ -188,6 +191,7 @@ def choose_regions(boxes_xyxy, overlap, count, g):
     boxes = boxes[(sides > 0).all(dim=1) & (sides.prod(dim=1) >= smallest)]
     fallback = len(boxes) == 0
     boxes = random_regions(overlap, g) if fallback else boxes
+    boxes = boxes[nms(boxes, -torch.arange(len(boxes)).double(), nms_iou)] if nms_iou < 1 else boxes
     chosen = boxes[torch.arange(count - 1) % len(boxes)]
     chosen[len(boxes) :] = jitter_boxes(chosen[len(boxes) :], PAD_JITTER, g, overlap)
     return torch.cat([row(*overlap), chosen]), fallback

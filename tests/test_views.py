@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from matplotlib.cbook import get_sample_data
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader
-from torchvision.ops import box_convert
+from torchvision.ops import box_convert, box_iou
 
 import views
 from data import ImageList, resize_size, stream
@@ -200,6 +200,23 @@ def test_regions_keep_overlap_first_and_file_order():
     assert not fallback
     again, _ = choose_regions(boxes, overlap, 4, stream(99))  # O-17: enough survivors, nothing drawn
     assert torch.equal(chosen, again)
+
+
+def test_region_nms_leaves_out_regions_that_clipping_made_alike():
+    overlap = (100, 100, 200, 180)
+    boxes = torch.tensor(
+        [[110.0, 90, 190, 300], [110, 60, 190, 170], [150, 100, 210, 170], [0, 100, 160, 180]]
+    ).double()
+    everything = choose_regions(boxes, overlap, 5, stream(0))[0]
+    assert torch.equal(everything, choose_regions(boxes, overlap, 5, stream(1), nms_iou=1.0)[0])
+    assert torch.equal(everything[1:], views.clip(boxes, overlap))
+    chosen = choose_regions(boxes, overlap, 4, stream(0), nms_iou=0.7)[0]  # the second is 7/8 of the first
+    assert torch.equal(chosen, everything[[0, 1, 3, 4]])  # best first, as without
+    spread = torch.rand(200, 4, generator=stream(11), dtype=torch.float64).sort(dim=1).values * 300
+    few = choose_regions(spread, (0, 0, 300, 300), 6, stream(0), nms_iou=0.4)[0][1:]
+    assert (box_iou(few, few).fill_diagonal_(0) <= 0.4).all()
+    with pytest.raises(ValueError, match="region_nms 0"):
+        ViewDataset(ImageList(".", ()), region_nms=0.0)
 
 
 @pytest.mark.parametrize("box", [[0, 0, 99, 99], [0, 120, 100, 170], [210, 190, 400, 300], [250, 260, 210, 190],
