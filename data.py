@@ -376,26 +376,39 @@ class DetectionSet(torch.utils.data.Dataset):
         window, size, flip = (0, 0, w, h), resize_size(w, h, self.resolution, self.longest), False
         if self.train:
             window, size, flip = self.draw(w, h, stream(self.seed, epoch, index))
-        image, boxes_xyxy = cut(image, self.annotations.boxes_xyxy[index], window, size, flip)
+        image, boxes_xyxy = cut_window(image, self.annotations.boxes_xyxy[index], window, size, flip)
         keep = (boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all(1) & ~self.annotations.crowd[index]
         boxes = box_convert(boxes_xyxy[keep], "xyxy", "cxcywh") / torch.tensor(size * 2)
         return to_tensor(image), boxes, self.annotations.labels[index][keep], index, (w, h)
 
     def draw(self, w, h, g):
-        """Window (x0, y0, x1, y1) of a w x h image, its (w, h) once resized, and whether it is mirrored."""
-        flip, crop = (torch.rand(2, generator=g) < 0.5).tolist()
-        short = self.scaled(480 + 32 * randint(0, 10, g))
-        if not crop:
-            return (0, 0, w, h), resize_size(w, h, short, self.longest), flip
-        w1, h1 = resize_size(w, h, self.scaled((400, 500, 600)[randint(0, 2, g)]), math.inf)
-        low, high = self.scaled(384), self.scaled(600)
-        cw, ch = (randint(min(low, side), min(high, side), g) for side in (w1, h1))
-        x, y = randint(0, w1 - cw, g), randint(0, h1 - ch, g)
-        window = x * w / w1, y * h / h1, min((x + cw) * w / w1, w), min((y + ch) * h / h1, h)  # one resize, not two
-        return window, resize_size(cw, ch, short, self.longest), flip
+        sides = [self.scaled(side) for side in range(480, 801, 32)]
+        return draw_window(w, h, sides, self.longest, self.resolution / 800, g)
 
 
-def cut(image, boxes_xyxy, window, size, flip):
+def draw_window(w, h, short_sides, longest, factor, g):
+    """DETR's training crop: a window (x0, y0, x1, y1) of a w x h image, its (w, h) once resized, and whether to mirror.
+
+    One half of the time the whole image, else a window of 384 to 600 pixels a side of the image resized to 400, 500 or
+    600, all times `factor`; then one of `short_sides`, within `longest` (released code of DETR, and of DETReg).
+    """
+    flip, crop = (torch.rand(2, generator=g) < 0.5).tolist()
+    short = short_sides[randint(0, len(short_sides) - 1, g)]
+    if not crop:
+        return (0, 0, w, h), resize_size(w, h, short, longest), flip
+
+    def scaled(size):
+        return max(1, round(size * factor))
+
+    w1, h1 = resize_size(w, h, scaled((400, 500, 600)[randint(0, 2, g)]), math.inf)
+    low, high = scaled(384), scaled(600)
+    cw, ch = (randint(min(low, side), min(high, side), g) for side in (w1, h1))
+    x, y = randint(0, w1 - cw, g), randint(0, h1 - ch, g)
+    window = x * w / w1, y * h / h1, min((x + cw) * w / w1, w), min((y + ch) * h / h1, h)  # one resize, not two
+    return window, resize_size(cw, ch, short, longest), flip
+
+
+def cut_window(image, boxes_xyxy, window, size, flip):
     """The window of an image resized to `size` and mirrored, and the boxes with it, clipped to it."""
     x0, y0, x1, y1 = window
     w, h = size

@@ -438,7 +438,7 @@ def detect(detector, classes, image, threshold=0.5):
     """Objects of an image (path or PIL image), best first: [(class name, score, (x0, y0, x1, y1) in its pixels)]."""
     image = image.convert("RGB") if hasattr(image, "convert") else data.load_image(image)
     size = data.resize_size(*image.size, detector.resolution, round(detector.resolution * 1333 / 800))
-    small, _ = data.cut(image, torch.zeros(0, 4), (0, 0, *image.size), size, flip=False)
+    small, _ = data.cut_window(image, torch.zeros(0, 4), (0, 0, *image.size), size, flip=False)
     x, mask = (t.to(next(detector.parameters()).device) for t in data.pad_stack([data.to_tensor(small)]))
     pred = detector(data.normalise(x, mask), mask)
     ((scores, labels, boxes_xyxy),) = detector.top_boxes(pred, torch.tensor([image.size]))

@@ -1,6 +1,6 @@
 """Matching and losses of Siamese DETR (paper Sec. 3.3, Eq. 9-13) and of the detectors it pretrains.
 
-Reading order: siamese_losses, match, detection_losses (Eq. 9), region_loss (Eq. 10, 12), global_loss (Eq. 11),
+Reading order: pretext_losses, match, detection_losses (Eq. 9), region_loss (Eq. 10, 12), global_loss (Eq. 11),
 weighted_sum (Eq. 13), denoising_losses (DN-DETR), helpers.
 
 Boxes are (cx, cy, w, h) in [0, 1] of the unpadded image. B images, N queries, L decoder layers, K logits, T targets
@@ -20,12 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import box_convert, sigmoid_focal_loss
 
-OBJECT = 1  # label of every region for the pretext's 3 logits; 0 stays unused, 2 is no object: released code
 NO_OBJECT = 0.1  # weight of the last class of the softmax head in the cross-entropy: DETR, released code
 ALPHA, GAMMA = 0.25, 2.0  # focal loss and focal matching cost: Conditional and Deformable DETR
 UNUSABLE = 1e6  # ours: cost of a NaN or infinite prediction, far above any real cost, so that it is matched last
 MIN_AREA = 1e-12  # ours: keeps 0 / 0 away when both boxes are points; a pixel of a 10,000-pixel image has area 1e-8
-SIAMESE_WEIGHTS = {"class": 1.0, "l1": 5.0, "giou": 2.0}  # released code; a recipe adds "region" (w_f), "global" (w_g)
+PRETEXT_WEIGHTS = {"class": 1.0, "l1": 5.0, "giou": 2.0}  # released code; a recipe adds "region" (w_f), "global" (w_g)
 
 
 class Match(NamedTuple):
@@ -35,27 +34,39 @@ class Match(NamedTuple):
     matched: Tensor  # (L, B, T) bool; False for padding, and for the targets left over when T > N
 
 
-def siamese_losses(answer, batch, f_sem, how="hungarian"):
-    """Every term of Eq. (13), and the share of last-layer matches that fall on the region's own N / R queries.
+def pretext_losses(net, answer, batch, how="hungarian", num_boxes=None):
+    """Every term of a pretext method, and the share of last-layer matches that fall on the region's own N / R queries.
 
-    answer (model.Answer) holds 2B rows: in the first B, view 1 is searched for the regions of view 2, then the reverse;
-    batch (views.ViewBatch) the clean boxes (2, B, R, 4). Dividing by the regions of both directions gives their mean,
-    half the sums of Eq. (9) and (12) (released code). how: hungarian or group. Returns "class", "l1", "giou", "region"
-    (L,) and "global" (), without the terms whose target the answer lacks. Raises ValueError on another `how`.
+    net (model.Pretext) has the heads and says what the terms are; answer (model.Answer) holds V*B rows, Siamese's 2B:
+    in the first B, view 1 is searched for the regions of view 2, then the reverse; batch (views.ViewBatch) the clean
+    boxes (V, B, R, 4). num_boxes None: all regions. For Siamese, dividing by the regions of both directions gives their
+    mean, half the sums of Eq. (9) and (12) (released code). how: hungarian or group. Returns "class", "l1", "giou",
+    "region" (L,), DETReg's (1,), "consistency" (L,) and "global" (), without the terms whose target or head is absent;
+    the share is None for DETReg, whose queries belong to no region. Raises ValueError on another `how`.
     """
     if how not in ("hungarian", "group"):
         raise ValueError(f"matching {how!r}: choose hungarian or group")
-    pred, boxes, valid = answer.pred, batch.boxes.flatten(0, 1), batch.valid.flatten(0, 1)  # (2B, R, 4), (2B, R)
-    R, num_boxes = valid.shape[1], valid.numel()  # R regions in every view, so every rank divides by the same number
-    labels = torch.full_like(valid, OBJECT, dtype=torch.long)
-    assign = match if how == "hungarian" else match_groups
-    found = assign(pred.logits, pred.boxes, labels, boxes, valid, softmax=True, cost_class=1.0)
-    terms = detection_losses(pred.logits, pred.boxes, found, labels, boxes, softmax=True, num_boxes=num_boxes)
-    if answer.p is not None:
-        p_hat = f_sem(full_precision(take_matched(pred.q_hat, found)))  # Eq. (10), (L, 2B, R, D)
-        terms["region"] = region_loss(p_hat, answer.p, found.matched, num_boxes)
+    pred, boxes, valid = answer.pred, batch.boxes.flatten(0, 1), batch.valid.flatten(0, 1)  # (V*B, R, 4), (V*B, R)
+    R, num_boxes = valid.shape[1], valid.numel() if num_boxes is None else num_boxes
+    labels = torch.full_like(valid, net.other, dtype=torch.long)
+    if batch.labels is not None:
+        pseudo = batch.labels.flatten(0, 1)
+        labels = torch.where(pseudo >= 0, net.first + pseudo, labels)
+    kind = {"softmax": net.softmax, "cost_class": net.cost_class}
+    found = (match if how == "hungarian" else match_groups)(pred.logits, pred.boxes, labels, boxes, valid, **kind)
+    terms = detection_losses(pred.logits, pred.boxes, found, labels, boxes, softmax=net.softmax, num_boxes=num_boxes)
+    q = full_precision(take_matched(pred.q_hat, found))  # (L, V*B, R, C), all that f_sem needs
+    if answer.p is not None and net.cosine:
+        terms["region"] = region_loss(net.f_sem(q), answer.p, found.matched, num_boxes)  # Eq. (10)
+    elif answer.p is not None:
+        terms["region"] = embedding_loss(net.f_sem(q[-1:]), answer.p, found.matched[-1:], num_boxes)
+    if net.consistency is not None:  # what found a region in one view, against what found it in the other (SeqCo-DETR)
+        other, found_there = (x.unflatten(1, (2, -1)).flip(1).flatten(1, 2) for x in (q, found.matched))
+        terms["consistency"] = region_loss(net.consistency(q), other, found.matched & found_there, num_boxes)
     if answer.predicted_context is not None:
         terms["global"] = global_loss(*answer.predicted_context.chunk(2), *answer.projected_context.chunk(2))
+    if not net.asks:
+        return terms, None
     own = found.query[-1] // (pred.boxes.shape[2] // R) == torch.arange(R, device=valid.device)
     return terms, (own & found.matched[-1]).sum() / found.matched[-1].sum()
 
@@ -156,6 +167,15 @@ def region_loss(p_hat, p, matched, num_boxes):
     """
     p_hat, p = full_precision(p_hat), full_precision(p).detach()
     distance = (F.normalize(p_hat, dim=-1) - F.normalize(p, dim=-1)).square().sum(-1)  # Eq. (12), (L, B, T)
+    return distance.masked_fill(~matched, 0).sum((1, 2)) / num_boxes
+
+
+def embedding_loss(p_hat, p, matched, num_boxes):
+    """DETReg's: mean absolute difference of features, over matched pairs / `num_boxes`; shapes as in `region_loss`.
+
+    Released code averages over the pairs of one process; here over those of the whole step.
+    """
+    distance = (full_precision(p_hat) - full_precision(p).detach()).abs().mean(-1)
     return distance.masked_fill(~matched, 0).sum((1, 2)) / num_boxes
 
 

@@ -36,64 +36,74 @@ from detectors import (
 
 
 class Answer(NamedTuple):
-    """What a pretext method returns for both views at once: rows :B belong to view 1, rows B: to view 2.
+    """What a pretext method returns. Siamese, for both views at once: rows :B belong to view 1, rows B: to view 2.
 
     A prediction belongs to the view whose context it read, so `pred` row b answers the question "where in this view
     is the region that z shows in the other one", and `p` row b is the target of that answer: the *other* view's.
     """
 
     pred: "Prediction"
-    p: Tensor | None  # (2B, R, D) region features to be predicted, Eq. (5), no gradient
-    predicted_context: Tensor | None  # (2B, C) predictor(projector(c)), Eq. (11)
-    projected_context: Tensor | None  # (2B, C) projector(c)
+    p: Tensor | None = None  # (V*B, R, D) region features to be predicted, Eq. (5), no gradient
+    predicted_context: Tensor | None = None  # (2B, C) predictor(projector(c)), Eq. (11)
+    projected_context: Tensor | None = None  # (2B, C) projector(c)
 
 
-class Siamese(nn.Module):
-    """Multi-view detection pretraining: find the regions of one view in the other (paper Sec. 3.3, Figure 2)."""
+class Pretext(nn.Module):
+    """What Siamese DETR, UP-DETR and DETReg share: a detector, features of regions, and the head that predicts them.
 
-    def __init__(self, detector, region_target="crop", use_global=True, region_stride=None, centre_features=False):
-        """region_target: crop (R-C), roi (R-O) or none; region_stride None reads z where the detector reads its maps.
+    A method says in `prepare` what a query is told (z) and what it should predict (p), and nothing else but its heads.
+    `losses.pretext_losses` reads the class attributes. Labels of the softmax heads: 0 unused (released code), then the
+    pseudo-classes, then `other`, which all regions have without pseudo-classes, then nothing.
+    """
 
-        Raises ValueError on an unknown target or stride.
+    num_regions = 10  # of a view: default of --num-regions
+    asks = True  # a query is told a region, z
+    cosine = True  # features are compared by Eq. (12) in all layers, else by their L1 distance in the last
+    softmax, cost_class, weight_class = True, 1.0, 1.0  # the class loss, its matching cost and weight
+    first = 1  # label of the first pseudo-class
+
+    def __init__(self, detector, region_target="crop", use_global=True, region_stride=None, centre_features=False,
+                 pseudo_classes=0, consistency=False, plain_mean=False):  # fmt: skip
+        """region_target: crop (R-C), roi (R-O) or none; region_stride None reads RoIs from the detector's own maps.
+
+        use_global, consistency, plain_mean are Siamese's. Raises ValueError on an unknown target or stride.
         """
         super().__init__()
         if region_target not in ("crop", "roi", "none"):
             raise ValueError(f"--region-target {region_target!r}: choose crop, roi or none")
         if region_stride not in (None, 8, 16, 32):
             raise ValueError(f"--region-stride {region_stride}: the backbones have maps at strides 8, 16 and 32")
-        self.detector, self.region_target, C = detector, region_target, detector.hidden_dim
-        channels = detector.backbone[0].channels
+        self.detector, self.region_target, self.pseudo_classes = detector, region_target, pseudo_classes
         self.region_strides = detector.strides if region_stride is None else (region_stride,)
         self.crop_strides = detector.strides if len(detector.strides) > 1 else (32,)  # multi-scale joins three levels
-        dim_z = sum(channels[s] for s in self.region_strides)
-        dim_p = {"crop": sum(channels[s] for s in self.crop_strides), "roi": dim_z, "none": 0}[region_target]
-        detector.pretext_heads()
-        self.patch2query = nn.Linear(dim_z, C)
-        # Centred features are ours: pooled ReLU6 features share a large mean, which hides the regions' differences.
-        self.centre_z = RunningStandardise(dim_z) if centre_features else nn.Identity()
-        self.f_sem = MLP(C, C, dim_p, 2) if dim_p else None  # Eq. (10)
-        self.centre_p = RunningStandardise(dim_p) if centre_features and dim_p else nn.Identity()
-        self.projector = self.predictor = None
-        if use_global:
-            dim_c = C * min(detector.levels, 3)  # released code: the extra fourth level is not pooled
-            self.projector = nn.Sequential(*fc_bn(dim_c, C), nn.ReLU(), *fc_bn(C, C), nn.ReLU(), *fc_bn(C, C))
-            self.predictor = nn.Sequential(*fc_bn(C, C), nn.ReLU(), nn.Linear(C, C))
+        self.centred, self.plain_mean = centre_features, plain_mean
+        self.projector = self.predictor = self.consistency = None
+        self.make_heads(use_global, consistency)
+
+    def dim(self, strides):
+        return sum(self.detector.backbone[0].channels[s] for s in strides)
+
+    def standardise(self, dim):
+        """Centred features are ours: pooled ReLU6 features share a large mean, which hides the regions' differences."""
+        return RunningStandardise(dim) if self.centred else nn.Identity()
+
+    @property
+    def other(self):
+        return self.first + self.pseudo_classes
 
     def forward(self, x, mask, rois, boxes=None, crops=None):
-        """Predict view 2's boxes from view 1's regions and the reverse, both views as one batch of 2B.
-
-        x (2B, 3, H0, W0) normalised, mask (2B, H0, W0), rois (2B, R, 4) jittered regions for the queries, boxes
-        (2B, R, 4) clean regions (R-O targets), crops (2B*R, 3, 128, 128) normalised (R-C targets). Returns Answer.
+        """x (V*B, 3, H0, W0) normalised, mask (V*B, H0, W0), rois (V*B, R, 4) for the queries' RoIAlign, boxes (V*B, R,
+        4) clean, crops (V*B*R, 3, 128, 128) normalised. Returns Answer.
         """
-        det = self.detector
-        with torch.no_grad():  # "only the forward pass is involved in preparations"
-            h = det.features(x, {*det.strides, *self.region_strides})
-            z = self.centre_z(self.region_features(h, rois, mask))  # Eq. (4), (2B, R, D)
-            p = self.region_targets(h, mask, boxes, crops)  # Eq. (5), (2B, R, D)
-        ctx = det.encode([h[s] for s in det.strides], mask)  # Eq. (1)
-        pred = det.decode(ctx, z=self.patch2query(swap_views(z)))  # Eq. (6)-(8): each view answers the other's regions
-        predicted, projected = self.global_context(ctx)
-        return Answer(pred, None if p is None else swap_views(p), predicted, projected)
+        ctx, z, p = self.prepare(x, mask, rois, boxes, crops)
+        return Answer(self.answer(ctx, z), p, *self.global_context(ctx))
+
+    def answer(self, ctx, z):
+        """Eq. (6)-(8): queries conditioned on z look into the context."""
+        return self.detector.decode(ctx, z=z)
+
+    def encode(self, h, mask):
+        return self.detector.encode([h[s] for s in self.detector.strides], mask)
 
     def region_features(self, h, boxes, mask):
         """Eq. (4): z = RoIAlign(h, b) averaged over its 7x7 bins, levels joined: (B, R, 4) -> (B, R, D).
@@ -105,30 +115,119 @@ class Siamese(nn.Module):
         z = [roi_align(h[s].float(), list(xyxy), 7, 1 / s).mean((2, 3)) for s in self.region_strides]
         return torch.cat(z, 1).unflatten(0, boxes.shape[:2])
 
-    def region_targets(self, h, mask, boxes, crops):
-        """Eq. (5): p = global average of Backbone(Crop(x, b)) (R-C), or of RoIAlign at the clean box (R-O)."""
-        if self.region_target == "none":
-            return None
-        if self.region_target == "roi":
-            return self.centre_p(self.region_features(h, boxes, mask))
-        p = self.detector.features(crops, self.crop_strides)
-        p = torch.cat([p[s].float().mean((2, 3)) for s in self.crop_strides], 1)
-        return self.centre_p(p.unflatten(0, (len(mask), -1)))
+    def crop_features(self, crops, B):
+        """Eq. (5): p = global average of Backbone(Crop(x, b)), levels joined: (B*R, 3, 128, 128) -> (B, R, D)."""
+        h = self.detector.features(crops, self.crop_strides)
+        return torch.cat([h[s].float().mean((2, 3)) for s in self.crop_strides], 1).unflatten(0, (B, -1))
+
+    def global_context(self, ctx):
+        return ()  # only Siamese's
+
+
+class Siamese(Pretext):
+    """Multi-view detection pretraining: find the regions of one view in the other (paper Sec. 3.3, Figure 2)."""
+
+    def make_heads(self, use_global, consistency):
+        C = self.detector.hidden_dim
+        dim_z = self.dim(self.region_strides)
+        dim_p = {"crop": self.dim(self.crop_strides), "roi": dim_z, "none": 0}[self.region_target]
+        self.detector.pretext_heads(self.other + 2)
+        self.patch2query = nn.Linear(dim_z, C)
+        self.centre_z = self.standardise(dim_z)
+        self.f_sem = MLP(C, C, dim_p, 2) if dim_p else None  # Eq. (10)
+        self.centre_p = self.standardise(dim_p) if dim_p else nn.Identity()
+        if use_global:
+            dim_c = C * min(self.detector.levels, 3)  # released code: the extra fourth level is not pooled
+            self.projector = nn.Sequential(*fc_bn(dim_c, C), nn.ReLU(), *fc_bn(C, C), nn.ReLU(), *fc_bn(C, C))
+            self.predictor = nn.Sequential(*fc_bn(C, C), nn.ReLU(), nn.Linear(C, C))
+        if consistency:
+            self.consistency = MLP(C, C, C, 2)  # SeqCo-DETR's idea, ours in form: see losses.pretext_losses
+
+    def prepare(self, x, mask, rois, boxes=None, crops=None):
+        """Both views as one batch of 2B: context c, query input z from the other view's regions, their features p."""
+        with torch.no_grad():  # "only the forward pass is involved in preparations"
+            h = self.detector.features(x, {*self.detector.strides, *self.region_strides})
+            z = self.centre_z(self.region_features(h, rois, mask))  # Eq. (4), (2B, R, D)
+            p = None
+            if self.region_target == "roi":
+                p = self.centre_p(self.region_features(h, boxes, mask))
+            elif self.region_target == "crop":
+                p = self.centre_p(self.crop_features(crops, len(mask)))  # Eq. (5), (2B, R, D)
+        ctx = self.encode(h, mask)  # Eq. (1)
+        return ctx, self.patch2query(swap_views(z)), None if p is None else swap_views(p)  # each answers the other
 
     def global_context(self, ctx):
         """Eq. (11)'s two inputs: predictor(projector(c)) and projector(c), (2B, C) each; batch norm sees one view.
 
-        The mean runs over unpadded cells (released code: all cells; the same without padding).
+        The mean runs over unpadded cells; `plain_mean`: over all cells (released code; the same without padding).
         """
         if self.projector is None:
-            return None, None
+            return ()
         pooled = []
         for c, blocked in zip(ctx.split(ctx.c)[:3], ctx.split(ctx.mask)[:3], strict=True):
             keep = (~blocked).unsqueeze(-1).to(c.dtype)
+            keep = torch.ones_like(keep) if self.plain_mean else keep
             pooled.append((c * keep).sum(1) / keep.sum(1))
         views = torch.cat(pooled, 1).chunk(2)
         projected = [self.projector(c) for c in views]
         return torch.cat([self.predictor(g) for g in projected]), torch.cat(projected)
+
+
+class UPDETR(Pretext):
+    """Find crops of an image in the image itself (UP-DETR, CVPR 2021)."""
+
+    drop = 0.1  # share of queries that are not told their crop: UP-DETR's mask ratio
+
+    def make_heads(self, *_):
+        C, dim = self.detector.hidden_dim, self.dim(self.region_strides if self.uses_rois else self.crop_strides)
+        self.detector.pretext_heads(self.other + 2)
+        self.patch2query = nn.Linear(dim, C)
+        self.f_sem = None if self.region_target == "none" else MLP(C, C, dim, 2)
+        self.centre_p = self.standardise(dim)
+
+    @property
+    def uses_rois(self):
+        return self.region_target == "roi"
+
+    def prepare(self, x, mask, rois, boxes=None, crops=None):
+        with torch.no_grad():
+            h = self.detector.features(x, {*self.detector.strides, *(self.region_strides if self.uses_rois else ())})
+            p = self.region_features(h, boxes, mask) if self.uses_rois else self.crop_features(crops, len(mask))
+            p = self.centre_p(p)
+        return self.encode(h, mask), self.patch2query(p), None if self.region_target == "none" else p
+
+    def answer(self, ctx, z):
+        """Queries see only those of their own crop; in training some are not told it, without rescaling the rest."""
+        (B, R), N = z.shape[:2], self.detector.num_queries
+        keep = (torch.rand(B, N, 1, device=z.device) > self.drop).to(z.dtype) if self.training else None
+        group = torch.arange(N, device=z.device) * R // N
+        return self.detector.decode(ctx, z=z, keep=keep, attn_mask=group[:, None] != group)
+
+
+class DETReg(Pretext):
+    """Find the proposals of an image and embed what they show, without being told where (DETReg, CVPR 2022)."""
+
+    num_regions, asks, cosine, first = 30, False, False, 0
+
+    def make_heads(self, *_):
+        det, C = self.detector, self.detector.hidden_dim
+        if self.region_target == "roi":
+            raise ValueError("--region-target roi: DETReg embeds crops; choose crop or none")
+        self.crop_strides = (8,)  # released code: pooled layer2, so that the crops stop there
+        self.softmax, self.cost_class = det.row.softmax, det.row.cost_class  # the detector's own class loss and heads
+        self.weight_class = 1.0 if self.softmax else 2.0
+        det.make_heads(self.other + 1 + self.softmax)
+        dim = 0 if self.region_target == "none" else self.dim(self.crop_strides)
+        self.f_sem, self.centre_p = MLP(C, C, dim, 2) if dim else None, self.standardise(dim)
+
+    def prepare(self, x, mask, rois, boxes=None, crops=None):
+        with torch.no_grad():
+            h = self.detector.features(x, self.detector.strides)
+            p = None if self.f_sem is None else self.centre_p(self.crop_features(crops, len(mask)))
+        return self.encode(h, mask), None, p
+
+
+METHODS = {"siamese": Siamese, "updetr": UPDETR, "detreg": DETReg}
 
 
 def swap_views(x):
@@ -198,6 +297,7 @@ class DETR(nn.Module):
         super().__init__()
         self.row, self.num_classes, self.hidden_dim, self.levels = row, num_classes, hidden_dim, row.levels
         self.patterns, self.box_refine = patterns, box_refine
+        self.num_queries = row.num_queries * max(patterns, 1)  # N
         C, N = hidden_dim, row.num_queries
         self.fast_backbone = None
         self.backbone = nn.Sequential(Backbone(backbone))  # official name: backbone.0.body
@@ -234,10 +334,10 @@ class DETR(nn.Module):
                 nn.init.constant_(box_heads[0].layers[-1].bias[2:], -2.0)
         self._set_heads(class_heads, box_heads)
 
-    def pretext_heads(self):
+    def pretext_heads(self, outputs=3):
         """Siamese's and UP-DETR's heads: classes (unused, object, nothing), boxes with default initialisation."""
         C, copies = self.hidden_dim, self.transformer.decoder.num_layers if self.box_refine else 1
-        self._set_heads([nn.Linear(C, 3) for _ in range(copies)], [MLP(C, C, 4, 3) for _ in range(copies)])
+        self._set_heads([nn.Linear(C, outputs) for _ in range(copies)], [MLP(C, C, 4, 3) for _ in range(copies)])
 
     def _set_heads(self, class_heads, box_heads):
         if self.row.decoder == "deformable":  # official layout: one entry per layer, the same module when shared
@@ -292,7 +392,7 @@ class DETR(nn.Module):
         keep (B, N, 1): queries that get their z (UP-DETR drops some); attn_mask (N, N): True = may not attend;
         dn: noisy targets (DN-DETR). Raises ValueError when N is not a multiple of R.
         """
-        B, N = len(ctx.c), self.row.num_queries * max(self.patterns, 1)
+        B, N = len(ctx.c), self.num_queries
         if z is not None:
             if N % z.shape[1]:
                 raise ValueError(f"--num-queries {N} cannot be shared out evenly among --num-regions {z.shape[1]}")
@@ -402,13 +502,15 @@ def build_detector(variant, num_classes=91, **overrides):
             raise ValueError(f"build_detector: {key}={value!r} has no meaning for variant {variant}")
         build[key] = value
     build["ffn_dim"] = build["ffn_dim"] or row.ffn_dim * build["hidden_dim"] // 256
+    counts = dict.fromkeys("num_classes hidden_dim heads enc_layers dec_layers num_queries ffn_dim".split(), 1)
+    for key, least in {**counts, "patterns": 0}.items():
+        value = num_classes if key == "num_classes" else build[key]
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"build_detector: {key}={value!r} must be a whole number of at least {least}")
     if build["hidden_dim"] % 32 or build["hidden_dim"] % build["heads"]:
         raise ValueError(f"--hidden-dim {build['hidden_dim']}: must be a multiple of 32 and of {build['heads']} heads")
     if build["stride"] not in (16, 32):
         raise ValueError(f"--stride {build['stride']}: single-scale variants read the map of stride 16 or 32")
-    for key in ("enc_layers", "dec_layers", "num_queries", "ffn_dim"):
-        if build[key] < 1:
-            raise ValueError(f"build_detector: {key}={build[key]} must be at least 1")
     settings = dict(variant=variant, num_classes=num_classes, **build)
     row = replace(row, **{key: build.pop(key) for key in ("num_queries", "ffn_dim", "dropout")})
     detector = DETR(row, num_classes, **build)

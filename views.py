@@ -1,6 +1,7 @@
 """Two views of one photograph with matched regions (paper Sec. 3.2, Figure 3), and the batches made of them.
 
-Read in this order: `ViewDataset.__getitem__`, the IoU-constrained rectangles, which are the heart, boxes, pixels.
+Read in this order: `ViewDataset.two_views`, the IoU-constrained rectangles, which are the heart, boxes, pixels.
+UP-DETR and DETReg look at one view (`one_view`); everything else is shared.
 Rectangles and names ending in `_xyxy` are (x0, y0, x1, y1) pixels of the base image, the photograph at its drawn size;
 the boxes of a batch are (cx, cy, w, h) in [0, 1] of their own unpadded view.
 
@@ -15,19 +16,23 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.ops import box_convert, nms
 
-from data import ImageList, load_image, pad_stack, resize_size, stream
+from data import ImageList, cut_window, draw_window, load_image, pad_stack, resize_size, stream
+from proposals import random_boxes
 
 cv2.setNumThreads(1)  # one process per core; OpenCV's own threads fight the loader's workers and do not survive a fork
 SHORT_SIDES = {  # recipe -> the short sides, one drawn per item, and the longest side (released code, without 384)
     "imagenet": ((320, 336, 352, 368, 400, 416, 432, 448, 464, 480), 600),
     "coco": ((480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800), 1333),
 }
+NOMINAL = {"imagenet": 384, "coco": 640}  # --resolution at which these hold
 MIN_SIDE = 16  # smaller photographs are refused, here as by proposals.py (ours)
+MIN_BOX = 8  # of a proposal to be cropped from a single view, pixels of the photograph: the least of UP-DETR's sampler
 MIN_AREA, MAX_ASPECT = 0.05, 8.0  # of a region: share of the overlap; of a random one, either way (released code)
 PAD_JITTER = 0.1  # largest shift of a repeated region, as a fraction of its side (released code)
 LUMA = np.array([0.299, 0.587, 0.114])  # grey = LUMA . rgb, as in PIL
@@ -39,27 +44,30 @@ class ViewBatch(NamedTuple):  # an item is one without the B axis and the mask; 
     mask: Tensor | None  # (V, B, H0, W0), True = padding
     boxes: Tensor  # (V, B, R, 4) clean targets: region r shows the same content in both views, region 0 is the overlap
     rois: Tensor  # (V, B, R, 4) the same, jittered: only for the query's RoIAlign
-    valid: Tensor  # (V, B, R)
+    valid: Tensor  # (V, B, R), False where DETReg has fewer proposals
     crops: Tensor | None  # (V, B, R, 3, 128, 128) uint8
     index: Tensor  # (B,) position in the image list
-    fallback: Tensor  # (B,) no proposal survived, the regions are random
+    fallback: Tensor  # (B,) no proposal survived, the regions are random, or (DETReg) none
+    labels: Tensor | None = None  # (V, B, R) pseudo-classes, -1 for a region that has none
 
     def to(self, device, non_blocking=True):
         return ViewBatch(*(v if v is None else v.to(device, non_blocking=non_blocking) for v in self))
 
 
 class ViewDataset(Dataset):
-    """Pairs of views: `dataset[epoch, index]` depends on (seed, epoch, index) only, not on workers, ranks or order.
+    """Views of photographs: `dataset[epoch, index]` depends on (seed, epoch, index) only, not on workers, ranks, order.
 
     `proposals.boxes(index, epoch)` gives (k, 4) xyxy in `load_image`'s frame, best first; None means random regions.
+    `proposals.labels(index, epoch)` gives their pseudo-classes (k,), if `proposals.classes` says that there are any.
+    method: siamese has V = 2 views, updetr and detreg V = 1. Boxes follow `rounded` rectangles, or exact ones.
     Raises ValueError naming a bad setting or a bad file, which is never replaced by another.
     """
 
     def __init__(self, images: ImageList, proposals=None, *, method="siamese", num_regions=10, tau=0.5,
                  short_sides=SHORT_SIDES["imagenet"][0], longest=SHORT_SIDES["imagenet"][1], jitter=0.1, crop_size=128,
-                 crops=True, augment=True, region_nms=1.0, seed=0):  # fmt: skip
-        if method != "siamese":
-            raise ValueError(f"method {method!r} has no views yet: only 'siamese' has")
+                 crops=True, augment=True, region_nms=1.0, rounded=True, seed=0):  # fmt: skip
+        if method not in ("siamese", "updetr", "detreg"):
+            raise ValueError(f"method {method!r} has no views: choose siamese, updetr or detreg")
         if not (0 < tau <= 1 and num_regions >= 1 and 0 <= jitter < 0.5):  # from 0.5 on, jitter turns boxes inside out
             raise ValueError(f"tau {tau}, num_regions {num_regions}, jitter {jitter}: want (0, 1], 1 or more, [0, 0.5)")
         if not 0 < region_nms <= 1:
@@ -67,6 +75,7 @@ class ViewDataset(Dataset):
         self.images, self.proposals, self.num_regions, self.tau = images, proposals, num_regions, tau
         self.short_sides, self.longest, self.jitter, self.seed = tuple(short_sides), longest, jitter, seed
         self.crop_size, self.crops, self.augment, self.region_nms = crop_size, crops, augment, region_nms
+        self.method, self.rounded = method, rounded
 
     def __len__(self):
         return len(self.images.paths)
@@ -78,51 +87,99 @@ class ViewDataset(Dataset):
         image = load_image(path)
         if min(image.size) < MIN_SIDE:
             raise ValueError(f"{path}: {image.width} x {image.height} pixels, a view needs {MIN_SIDE}: leave it out")
+        proposals = torch.empty(0, 4) if self.proposals is None else torch.tensor(self.proposals.boxes(index, epoch))
+        make = self.two_views if self.method == "siamese" else self.one_view
+        x, boxes, rois, rows, crops = make(image, proposals, g)
+        boxes, rois = (box_convert(b, "xyxy", "cxcywh").float() for b in (boxes, rois))
+        known, shape = self.proposals is not None, boxes.shape[:2]
+        valid = torch.arange(shape[1]).lt(len(rows)).expand(shape)
+        asked = self.num_regions > (self.method == "siamese")  # the overlap is no proposal
+        fallback, labels = known and asked and not (rows >= 0).any().item(), None
+        if known and getattr(self.proposals, "classes", None) is not None:
+            labels = torch.full(shape, -1)
+            classes = torch.tensor(self.proposals.labels(index, epoch), dtype=torch.long)
+            labels[:, : len(rows)] = torch.where(rows < 0, -1, F.pad(classes, (0, 1))[rows])
+        return ViewBatch(x, None, boxes, rois, valid, crops, index, fallback, labels)
+
+    def two_views(self, image, proposals, g):
+        """Siamese DETR (Sec. 3.2): x (2, 3, h, w), boxes and rois (2, R, 4) xyxy in [0, 1], rows (R,), crops."""
         base = resize_size(*image.size, self.short_sides[int(uniform(g, 0, len(self.short_sides)))], self.longest)
         flip = uniform(g) < 0.5  # one coin for both views (released code); SimSiam flips each on its own
-        outer, *rects = two_rectangles(*base, self.tau, g)
+        outer, *rects = two_rectangles(*base, self.tau, g, rounded=self.rounded)
         overlap = clip(row(*rects[0]), rects[1])[0].tolist()
-        proposals = torch.empty(0, 4) if self.proposals is None else torch.tensor(self.proposals.boxes(index, epoch))
         proposals = map_boxes(proposals, (0, 0, *image.size), (0, 0, *base))
         if flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             proposals = map_boxes(proposals, (0, 0, *base), (base[0], 0, 0, base[1]))[:, [2, 1, 0, 3]]
-        regions, fallback = choose_regions(proposals, overlap, self.num_regions, g, self.region_nms)
+        regions, rows = choose_regions(proposals, overlap, self.num_regions, g, self.region_nms)
         boxes = torch.stack([map_boxes(regions, rect, UNIT) for rect in rects])  # (V, R, 4), in [0, 1] to the last bit
         rois = jitter_boxes(boxes, self.jitter, g, UNIT)  # from the item's key; the released code draws on the device
-        views = [cut(image, rect, base, (outer[2] - outer[0], outer[3] - outer[1])) for rect in rects]
-        colour, side, crops = g if self.augment else None, (self.crop_size, self.crop_size), None
-        x = stack_images(views, colour)
-        if self.crops:  # Eq. (5) crops the augmented views; released code: the clean ones, each crop recoloured
-            crops = [[cut(v, box, (1, 1), side) for box in b] for v, b in zip(views, boxes.tolist(), strict=True)]
-            crops = stack_images(crops, colour)
-        boxes, rois = (box_convert(b, "xyxy", "cxcywh").float() for b in (boxes, rois))
-        fallback, valid = fallback and self.proposals is not None, torch.ones(boxes.shape[:2], dtype=torch.bool)
-        return ViewBatch(x, None, boxes, rois, valid, crops, index, fallback)
+        pixels = rects if self.rounded else [tuple(map(round, rect)) for rect in rects]  # --compat released
+        views = [cut(image, rect, base, (outer[2] - outer[0], outer[3] - outer[1])) for rect in pixels]
+        x = stack_images(views, g if self.augment else None)
+        # Eq. (5) crops the augmented views; released code: the clean ones, each crop recoloured
+        return x, boxes, rois, rows, self.cut_crops(views, boxes, g) if self.crops else None
+
+    def one_view(self, image, proposals, g):
+        """UP-DETR: the image, only resized. DETReg: DETR's training crop. As `two_views`, with V = 1.
+
+        The crops are cut from the photograph before. DETReg's boxes leave with what the window cuts off, and rows has
+        fewer than R entries; UP-DETR's list is repeated, as a whole, until it is long enough (released code).
+        """
+        w, h = image.size
+        short = self.short_sides[int(uniform(g, 0, len(self.short_sides)))]
+        window, size, flip = (0, 0, w, h), resize_size(w, h, short, self.longest), False
+        if self.method == "detreg":
+            factor = min(self.short_sides) / min(SHORT_SIDES["imagenet"][0])
+            window, size, flip = draw_window(w, h, self.short_sides, self.longest, factor, g)
+        sides = (proposals[:, 2:] - proposals[:, :2]).amin(1)
+        rows = torch.nonzero(sides >= MIN_BOX)[: self.num_regions, 0]
+        if self.method == "updetr" and len(rows):
+            rows = rows[torch.arange(self.num_regions) % len(rows)]
+        source = proposals[rows].double()
+        if not len(rows) and (self.method == "updetr" or self.proposals is None):
+            source = torch.from_numpy(random_boxes(image.size, self.num_regions, g)[0]).double()
+            rows = torch.full((self.num_regions,), -1)
+        view, boxes = cut_window(image, source, window, size, flip)
+        kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        boxes, source, rows = map_boxes(boxes[kept], (0, 0, *size), UNIT), source[kept], rows[kept]
+        boxes, crops = F.pad(boxes, (0, 0, 0, self.num_regions - len(rows)), value=0.5)[None], None
+        if self.crops:
+            crops = torch.zeros(1, self.num_regions, 3, self.crop_size, self.crop_size, dtype=torch.uint8)
+            if len(rows):
+                crops[:, : len(rows)] = self.cut_crops([image], map_boxes(source, (0, 0, w, h), UNIT)[None], g)
+        return stack_images([view]), boxes, boxes, rows, crops
+
+    def cut_crops(self, images, boxes, g):
+        """Crop(x, b): (V, R, 4) xyxy in [0, 1] of each of V images -> (V, R, 3, 128, 128), each recoloured."""
+        side = (self.crop_size, self.crop_size)
+        crops = [[cut(image, box, (1, 1), side) for box in b] for image, b in zip(images, boxes.tolist(), strict=True)]
+        return stack_images(crops, g if self.augment else None)
 
 
 def collate_views(items):
     """Join items into a ViewBatch; views are padded at the bottom and right to the largest of the whole batch."""
-    x, _, boxes, rois, valid, crops, index, fallback = zip(*items, strict=True)
+    x, _, boxes, rois, valid, crops, index, fallback, labels = zip(*items, strict=True)
     x, mask = pad_stack([view for views in zip(*x, strict=True) for view in views])  # (V*B, 3, H0, W0), view 1's first
-    boxes, rois, valid, crops = (None if f[0] is None else torch.stack(f, dim=1) for f in (boxes, rois, valid, crops))
+    per_view = (None if f[0] is None else torch.stack(f, dim=1) for f in (boxes, rois, valid, crops, labels))
+    boxes, rois, valid, crops, labels = per_view
     x, mask = (field.unflatten(0, (len(boxes), -1)) for field in (x, mask))
-    return ViewBatch(x, mask, boxes, rois, valid, crops, torch.tensor(index), torch.tensor(fallback))
+    return ViewBatch(x, mask, boxes, rois, valid, crops, torch.tensor(index), torch.tensor(fallback), labels)
 
 
 def scaled(recipe, resolution=None):
     """A recipe's (short sides, longest side), times `resolution` / 384 (imagenet) or / 640 (coco)."""
-    (short_sides, longest), nominal = SHORT_SIDES[recipe], {"imagenet": 384, "coco": 640}[recipe]
-    factor = (resolution or nominal) / nominal
+    (short_sides, longest), factor = SHORT_SIDES[recipe], (resolution or NOMINAL[recipe]) / NOMINAL[recipe]
     return tuple(max(1, round(side * factor)) for side in short_sides), max(1, round(longest * factor))
 
 
 # ---------------------------------------------------------------- the IoU-constrained rectangles
-def two_rectangles(width, height, tau, g, shrink=True):
-    """Draw (outer, rect1, rect2), integer xyxy with IoU(rect1, rect2) >= tau (paper Sec. 3.2)."""
+def two_rectangles(width, height, tau, g, shrink=True, rounded=True):
+    """Draw (outer, rect1, rect2), integer xyxy unless not `rounded`, with IoU(rect1, rect2) >= tau (paper Sec. 3.2)."""
     outer = outer_rectangle(width, height, g)  # Figure 3 (a)
     u1, u2 = (uniform(g), uniform(g)) if shrink else (0.0, 0.0)
-    a, b = round_pair(*diagonal_pair(outer, tau, u1, u2))  # Figure 3 (b)
+    a, b = diagonal_pair(outer, tau, u1, u2)  # Figure 3 (b)
+    a, b = round_pair(a, b) if rounded else (a, b)
     return (outer, a, b) if uniform(g) < 0.5 else (outer, b, a)  # view 1 is the upper left one half of the time
 
 
@@ -179,7 +236,7 @@ def map_boxes(boxes_xyxy, source, target):
 
 
 def choose_regions(boxes_xyxy, overlap, count, g, nms_iou=1.0):
-    """Figure 3 (c): the overlap and `count` - 1 proposals in it, (count, 4) xyxy, and whether none survived.
+    """Figure 3 (c): the overlap and `count` - 1 proposals in it, (count, 4) xyxy, and which they are (-1: none).
 
     Proposals are clipped to the overlap and kept, best first, if they fill 5 % of it, the same share in both views
     (released code; the paper picks at random). Too few are repeated in turn with jitter, none gives random boxes.
@@ -188,13 +245,15 @@ def choose_regions(boxes_xyxy, overlap, count, g, nms_iou=1.0):
     boxes = clip(boxes_xyxy, overlap)  # the released code clips one pixel short and drops boxes for float noise
     sides = boxes[:, 2:] - boxes[:, :2]
     smallest = MIN_AREA * (overlap[2] - overlap[0]) * (overlap[3] - overlap[1])
-    boxes = boxes[(sides > 0).all(dim=1) & (sides.prod(dim=1) >= smallest)]
-    fallback = len(boxes) == 0
-    boxes = random_regions(overlap, g) if fallback else boxes
-    boxes = boxes[nms(boxes, -torch.arange(len(boxes)).double(), nms_iou)] if nms_iou < 1 else boxes
-    chosen = boxes[torch.arange(count - 1) % len(boxes)]
-    chosen[len(boxes) :] = jitter_boxes(chosen[len(boxes) :], PAD_JITTER, g, overlap)
-    return torch.cat([row(*overlap), chosen]), fallback
+    rows = torch.nonzero((sides > 0).all(dim=1) & (sides.prod(dim=1) >= smallest))[:, 0]
+    found = boxes[rows] if len(rows) else random_regions(overlap, g)
+    if nms_iou < 1:
+        kept = nms(found, -torch.arange(len(found)).double(), nms_iou)
+        found, rows = found[kept], rows[kept] if len(rows) else rows
+    turn = torch.arange(count - 1) % len(found)
+    chosen, rows = found[turn], rows[turn] if len(rows) else torch.full_like(turn, -1)
+    chosen[len(found) :] = jitter_boxes(chosen[len(found) :], PAD_JITTER, g, overlap)
+    return torch.cat([row(*overlap), chosen]), F.pad(rows, (1, 0), value=-1)
 
 
 def random_regions(overlap, g):

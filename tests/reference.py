@@ -177,7 +177,7 @@ class Case(NamedTuple):
         pred = SimpleNamespace(logits=self.logits, boxes=self.boxes, q_hat=q_hat)
         context = {"predicted_context": predicted_context, "projected_context": projected_context}
         boxes, valid = (x.unflatten(0, (2, -1)) for x in (self.targets, self.valid))
-        return SimpleNamespace(pred=pred, p=p, **context), SimpleNamespace(boxes=boxes, valid=valid)
+        return SimpleNamespace(pred=pred, p=p, **context), SimpleNamespace(boxes=boxes, valid=valid, labels=None)
 
     def lists(self, layer):
         """One layer without padding: logits, boxes, labels, targets."""

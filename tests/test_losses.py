@@ -1,6 +1,7 @@
 """Properties of matching and losses. O-31 ... O-40 are values worked out by hand from ln, p and areas."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import reference
@@ -186,7 +187,7 @@ def test_detection_losses_without_targets_still_train_the_classes(options, T):
     match = solve(case, options)
     assert match.query.shape == match.matched.shape == (2, 2, T)
     terms = terms_of(case, match, 1, options)
-    losses.weighted_sum(terms, losses.SIAMESE_WEIGHTS).backward()
+    losses.weighted_sum(terms, losses.PRETEXT_WEIGHTS).backward()
     assert terms["l1"].tolist() == terms["giou"].tolist() == [0, 0] and case.boxes.grad.abs().max() == 0
     assert (terms["class"] > 0).all() and (case.logits.grad.abs().sum(-1) > 0).all()
 
@@ -236,7 +237,7 @@ def test_normalisers_make_the_mean_over_ranks_the_joint_loss(options):  # O-34; 
     def total(images, num_boxes):
         part = case.images(images)
         terms = terms_of(part, solve(part, options), num_boxes, options)
-        return losses.weighted_sum(terms, losses.SIAMESE_WEIGHTS)
+        return losses.weighted_sum(terms, losses.PRETEXT_WEIGHTS)
 
     joint, share = total([0, 1, 2, 3, 4, 5], 7), torch.tensor(7 / 3, dtype=torch.float64)  # a number or a tensor
     chunks = sum(total([i, i + 1], share) for i in (0, 2, 4)) / 3
@@ -310,8 +311,17 @@ def test_global_loss_equals_reference_and_has_the_gradient_of_the_papers_negativ
     assert all(torch.allclose(a, b) for a, b in zip(found[:2], grad(paper, features[:2]), strict=True))
 
 
-def siamese(case, q_hat, p=None, context=(None, None), f_sem=lambda q_hat: q_hat, how="hungarian"):
-    return losses.siamese_losses(*case.pretext(q_hat, p, *context), f_sem, how)
+def siamese(case, q_hat, p=None, context=(None, None), f_sem=lambda q_hat: q_hat, how="hungarian", **more):
+    kind = {
+        "softmax": True,
+        "cost_class": 1.0,
+        "cosine": True,
+        "asks": True,
+        "consistency": None,
+        "first": 1,
+        "other": 1,
+    }
+    return losses.pretext_losses(SimpleNamespace(f_sem=f_sem, **kind | more), *case.pretext(q_hat, p, *context), how)
 
 
 def zero_head_terms(N=100, L=6, B=2, R=10, region=True, whole=True):
@@ -329,13 +339,13 @@ def test_total_of_zero_heads_oracle(w_f, w_g, total):  # O-31: vanilla, conditio
     terms = zero_head_terms()
     for name, value in {"class": math.log(3), "l1": 1.0, "giou": 0.75, "region": 2.0, "global": 2.0}.items():
         assert torch.allclose(terms[name], torch.tensor(value).double(), atol=1e-9), name
-    found = losses.weighted_sum(terms, {**losses.SIAMESE_WEIGHTS, "region": w_f, "global": w_g})
+    found = losses.weighted_sum(terms, {**losses.PRETEXT_WEIGHTS, "region": w_f, "global": w_g})
     assert found.item() == pytest.approx(total, abs=1e-4)
 
 
 @pytest.mark.parametrize("region, whole, count", [(1, 1, 25), (0, 1, 19), (0, 0, 18), (1, 0, 24)])
 def test_number_of_weighted_terms(region, whole, count):  # O-40
-    terms, weights = zero_head_terms(region=region, whole=whole), {**losses.SIAMESE_WEIGHTS, "region": 3, "global": 10}
+    terms, weights = zero_head_terms(region=region, whole=whole), {**losses.PRETEXT_WEIGHTS, "region": 3, "global": 10}
     assert sum(term.numel() for term in terms.values()) == count
     hand = sum(weights[name] * value for name, term in terms.items() for value in term.flatten().tolist())
     assert losses.weighted_sum(terms, {name: weights[name] for name in terms}).item() == pytest.approx(hand, rel=1e-12)
@@ -347,7 +357,7 @@ def test_weighted_sum_names_what_lacks_its_partner(terms, weights, named):
         losses.weighted_sum({name: torch.ones(2) for name in terms}, dict.fromkeys(weights, 1.0))
 
 
-def test_siamese_losses_are_the_mean_of_both_directions():  # O-38, O-24
+def test_pretext_losses_are_the_mean_of_both_directions():  # O-38, O-24
     case = random_case(19, (3, 3, 3, 3), N=6)  # view 1 of two photographs, then view 2
     q_hat, p, context = torch.randn(2, 4, 6, 7), torch.randn(4, 3, 7), torch.randn(2, 4, 7)
 
@@ -364,7 +374,7 @@ def test_siamese_losses_are_the_mean_of_both_directions():  # O-38, O-24
     assert all(torch.equal(term, two[name]) for name, term in terms([2, 3], changed).items())
 
 
-def test_siamese_losses_match_by_the_chosen_rule_and_report_the_own_share():
+def test_pretext_losses_match_by_the_chosen_rule_and_report_the_own_share():
     case, f_sem = random_case(21, (3, 3, 3, 3), N=6, K=3), torch.nn.Linear(7, 5)
     case.labels[:] = 1
     half = Case(*[x.float().bfloat16() for x in case[:2]], *case[2:])

@@ -103,7 +103,7 @@ def test_loss_falls_on_a_repeated_batch(photos):
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-3)
     totals = []
     for _ in range(12):
-        terms, _ = losses.siamese_losses(net(*inputs(batch)), batch, net.f_sem)
+        terms, _ = losses.pretext_losses(net, net(*inputs(batch)), batch)
         total = losses.weighted_sum(terms, {"class": 1, "l1": 5, "giou": 2, "region": 5, "global": 10})
         optimizer.zero_grad()
         total.backward()
@@ -136,22 +136,13 @@ def test_report_sees_regions_used_and_ignored(photos):
         eval = train = lambda self: None
 
         def __init__(self, listens):
-            self.detector, self.region_strides, self.strides, self.listens = self, (32,), (32,), listens
-            self.f_sem = self.patch2query = self.centre_z = nn.Identity()
+            self.listens, self.f_sem = listens, nn.Identity()
+            self.asks, self.softmax, self.cost_class, self.other = True, True, 1.0, 1
 
-        def features(self, x, strides):
-            return {32: x}
+        def prepare(self, x, mask, rois, boxes, crops):
+            return None, boxes, boxes - 0.5
 
-        def encode(self, h, mask):
-            return None
-
-        def region_features(self, h, boxes, mask):
-            return boxes.roll(len(boxes) // 2, 0)  # so that swapping views hands each view its own boxes
-
-        def region_targets(self, h, mask, boxes, crops):
-            return boxes.roll(len(boxes) // 2, 0) - 0.5
-
-        def decode(self, ctx, z):
+        def answer(self, ctx, z):
             boxes = z if self.listens else torch.full_like(z, 0.5)
             logits = torch.zeros(2, len(z), 6, 3)
             logits[..., ::2, 1] = 5  # the first of each pair of queries is sure
@@ -188,8 +179,8 @@ def test_recipes_are_the_published_ones():
         1e-4,
         "conditional",
     )
-    assert [RECIPES["imagenet"]["region"].get(v, REGION_WEIGHT) for v in VARIANTS] == [3, 5, 3, 3, 3, 3]
-    assert RECIPES["coco"]["region"] == {} and REGION_WEIGHT == 3
+    assert [RECIPES["imagenet"]["region"].get(v, REGION_WEIGHT["siamese"]) for v in VARIANTS] == [3, 5, 3, 3, 3, 3]
+    assert RECIPES["coco"]["region"] == {} and list(REGION_WEIGHT.values()) == [3, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("ops/*.py"), *ROOT.glob("bench/*.py")])
 OURS = {path.stem for path in ROOT.glob("*.py")} | {"ops"}
 MAY_IMPORT = {  # at module level; scripts may import any library file
-    "data": set(), "losses": set(), "runtime": set(), "plots": set(), "convert": {"model"}, "detectors": {"ops"},
-    "model": {"detectors"}, "views": {"data"}, "proposals": {"data"},
+    "data": set(), "losses": set(), "runtime": set(), "plots": set(), "formats": set(), "detectors": {"ops"},
+    "convert": {"model", "formats"},
+    "model": {"detectors"}, "views": {"data", "proposals"}, "proposals": {"data"},
 }  # fmt: skip
 
 

@@ -195,9 +195,9 @@ def test_regions_keep_overlap_first_and_file_order():
     overlap = (100, 100, 200, 180)
     boxes = torch.tensor([[110.0, 110, 190, 170], [0, 0, 90, 90], [150, 90, 300, 175], [120, 120, 125, 125],
                           [100, 100, 160, 160], [105, 105, 195, 175]]).double()  # fmt: skip
-    chosen, fallback = choose_regions(boxes, overlap, 4, stream(0))  # O-14: outside and small ones are left out
+    chosen, rows = choose_regions(boxes, overlap, 4, stream(0))  # O-14: outside and small ones are left out
     assert chosen.tolist() == [[100, 100, 200, 180], [110, 110, 190, 170], [150, 100, 200, 175], [100, 100, 160, 160]]
-    assert not fallback
+    assert rows.tolist() == [-1, 0, 2, 4]
     again, _ = choose_regions(boxes, overlap, 4, stream(99))  # O-17: enough survivors, nothing drawn
     assert torch.equal(chosen, again)
 
@@ -224,9 +224,9 @@ def test_region_nms_leaves_out_regions_that_clipping_made_alike():
 def test_outside_and_inverted_proposals_are_never_returned(box):
     overlap = (100, 100, 200, 180)
     boxes = torch.tensor([box, [110, 110, 190, 170]]).double()
-    chosen, fallback = choose_regions(boxes, overlap, 2, stream(0))  # O-16
-    assert chosen[1].tolist() == [110, 110, 190, 170] and not fallback
-    assert choose_regions(boxes[:1], overlap, 2, stream(0))[1]
+    chosen, rows = choose_regions(boxes, overlap, 2, stream(0))  # O-16
+    assert chosen[1].tolist() == [110, 110, 190, 170] and rows.tolist() == [-1, 1]
+    assert choose_regions(boxes[:1], overlap, 2, stream(0))[1].tolist() == [-1, -1]
 
 
 def test_border_touching_proposals_survive(folder):
@@ -254,9 +254,9 @@ def test_border_touching_proposals_survive(folder):
 def test_one_survivor_is_repeated_with_jitter():
     overlap, box = (100, 100, 300, 260), torch.tensor([[150.0, 130, 250, 210]]).double()
     for seed in range(200):
-        chosen, fallback = choose_regions(box, overlap, 10, stream(7, seed))  # O-17
+        chosen, rows = choose_regions(box, overlap, 10, stream(7, seed))  # O-17
         shift = (chosen[2:] - box) / torch.tensor([100, 80, 100, 80])
-        assert chosen[1].tolist() == box[0].tolist() and not fallback
+        assert chosen[1].tolist() == box[0].tolist() and rows.tolist() == [-1] + [0] * 9
         assert shift.abs().max() < 0.1 and (shift != 0).all()
     edge = choose_regions(torch.tensor([[100.0, 100, 300, 260]]).double(), overlap, 10, stream(7))[0]
     assert (edge[:, :2] >= 100).all() and (edge[:, 2:] <= torch.tensor([300, 260])).all()
@@ -491,8 +491,8 @@ def test_bad_images_are_named_and_not_replaced(tmp_path, monkeypatch):
         data[0, 0]
 
 
-@pytest.mark.parametrize("bad", [{"tau": 0}, {"tau": 1.5}, {"num_regions": 0}, {"jitter": 0.5}, {"method": "updetr"},
-                                 {"method": "detreg"}])  # fmt: skip
+@pytest.mark.parametrize("bad", [{"tau": 0}, {"tau": 1.5}, {"num_regions": 0}, {"jitter": 0.5}, {"method": "dino"},
+                                 {"region_nms": 0}])  # fmt: skip
 def test_bad_settings_are_named(folder, bad):
     with pytest.raises(ValueError, match=str(next(iter(bad.values())))):
         dataset(folder, **bad)
