@@ -210,6 +210,25 @@ def read_classes(path):
     return classes
 
 
+def write_boxes(source, out, images, found):
+    """Write boxes made elsewhere, a detector's, as the cache `out` of kind "model" -> Cache.
+
+    found: for each image of the ImageList `images` its size (w, h), boxes (k, 4) xyxy, best first, and scores (k,).
+    Raises ValueError when `out` is complete already or holds anything else.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    if begin(out, DEFAULTS | {"kind": "model", "version": 1, "shards": 1}, source, images.paths):
+        raise ValueError(f"{out} holds the boxes of an earlier export: give another folder")
+    part = out / "parts" / "0"
+    with open(part, "wb") as file:
+        for size, boxes, scores in found:
+            body = np.asarray(boxes, "<f4").tobytes() + np.asarray(scores, "<f4").tobytes()
+            file.write(packed([*size, len(boxes)], body))
+    join(out, [part], images, "model")
+    return Cache(out)
+
+
 def same_files(out, source, paths, accepted, rejected=()):
     """Raise ValueError naming the first file that `source` has lost or gained since `out` was begun; rejects may go."""
     lost, gained = set(accepted).difference(paths), set(paths).difference(accepted, rejected)
@@ -328,6 +347,10 @@ def record(images, labels, settings, index):
         draws = propose(image, labels and labels[index][1], index, **settings)
         head = [*image.size, *(len(boxes) for boxes, _ in draws)]
         body = b"".join(array.astype("<f4").tobytes() for column in zip(*draws, strict=True) for array in column)
+    return packed(head, body)
+
+
+def packed(head, body):
     payload = json.dumps(head).encode() + b"\n" + body
     return struct.pack("<II", len(payload), zlib.crc32(payload)) + payload
 
@@ -369,7 +392,7 @@ def join(out, parts, images, kind):
         raise ValueError(f"all {len(heads)} images are rejected, the first, {images.paths[0]!r}, for: {heads[0]}")
     sizes, counts, end = table[:, :2], table[:, 2:], 0
     total = int(counts.sum())  # a plain int: numpy would write its own type's name into the file
-    wide = kind == "gt" or sizes.max() >= 2**15  # labelled boxes have fractions
+    wide = kind in ("gt", "model") or sizes.max() >= 2**15  # labelled and predicted boxes have fractions
     boxes = open_memmap(out / "boxes.npy", "w+", np.float32 if wide else np.int16, (total, 4))
     scores = open_memmap(out / "scores.npy", "w+", np.float32, (total,))
     for _, body, _ in records(*parts):

@@ -433,3 +433,25 @@ def test_edge_boxes_recall_three_times_what_random_boxes_do(capsys):
         print(f"\nrecall at IoU 0.7 of the top 30 on {len(truth)} photographs, {sum(map(len, truth))} boxes: "
               f"EdgeBoxes {ours:.3f}, random {chance:.3f}, ratio {ours / chance:.2f}")  # fmt: skip
     assert len(truth) == 85 and ours >= 3 * chance
+
+
+def test_boxes_of_a_detector_become_a_cache(tmp_path):
+    from proposals import write_boxes
+
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (64, 48)).save(photos / name)
+    images = list_images(photos)
+    boxes, scores = np.array([[1.5, 2, 30.25, 40], [0, 0, 64, 48]], np.float32), np.array([0.9, 0.2], np.float32)
+    found = [((64, 48), boxes, scores), ((64, 48), boxes[:0], scores[:0])]
+    cache = write_boxes(photos, out, images, iter(found))
+    assert cache.kind == "model" and len(cache) == 2 and cache.image_list(photos).paths == ["a.png", "b.png"]
+    assert np.array_equal(cache.boxes(0), boxes) and np.array_equal(cache.scores(0), scores) and not len(cache.boxes(1))
+    with pytest.raises(ValueError, match="earlier export"):
+        write_boxes(photos, out, images, iter(found))
+    with pytest.raises(ZeroDivisionError):  # an export that is cut short leaves nothing that reads as a cache
+        write_boxes(photos, tmp_path / "cut", images, (1 / 0 for _ in range(1)))
+    with pytest.raises(ValueError, match="no whole proposal cache"):
+        Cache(tmp_path / "cut")
+    assert len(write_boxes(photos, tmp_path / "cut", images, iter(found))) == 2
