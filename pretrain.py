@@ -25,9 +25,10 @@ import losses
 import plots
 import runtime
 from convert import load_backbone, load_detector
-from data import list_images, normalise, write_toy
+from data import list_images, normalise
 from model import METHODS, VARIANTS, build_detector
 from proposals import Cache, read_classes, write_cache
+from toyset import write_toy
 from views import ViewDataset, collate_views, scaled
 
 # imagenet, coco: the budget of the paper's tables, for every method (released code; the paper, Sec. 4.1, says 60

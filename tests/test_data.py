@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import data
+import toyset
 from data import DetectionSet, collate_detections, list_images, load_image, normalise, pad_stack, read_annotations
 
 REMEDY = "proposals.py, which lists unreadable files in a reject list"
@@ -591,7 +592,7 @@ def test_collate_detections_marks_what_is_filling(tmp_path):
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    return data.write_toy(tmp_path_factory.mktemp("toy") / "set", unlabelled=5, train=6, val=4, size=96, seed=1)
+    return toyset.write_toy(tmp_path_factory.mktemp("toy") / "set", unlabelled=5, train=6, val=4, size=96, seed=1)
 
 
 def contents(folder):
@@ -601,39 +602,39 @@ def contents(folder):
 
 
 def test_toy_set_is_deterministic_and_complete(toy, tmp_path):
-    again = data.write_toy(tmp_path / "set", unlabelled=5, train=6, val=4, size=96, seed=1)
+    again = toyset.write_toy(tmp_path / "set", unlabelled=5, train=6, val=4, size=96, seed=1)
     assert contents(toy) == contents(again) and list(tmp_path.iterdir()) == [again]
     assert len(list_images(toy / "unlabelled").paths) == 5
     assert {Path(path).suffix for path in list_images(toy).paths} == {".jpg", ".png"}
     found = read_annotations(toy / "train.json")
     assert len(found.images) == 6 and len(found.categories) >= 6 and not found.bad
     assert all(len(row) for row in found.labels)
-    other = data.write_toy(tmp_path / "other", unlabelled=5, train=6, val=4, size=96, seed=2)
+    other = toyset.write_toy(tmp_path / "other", unlabelled=5, train=6, val=4, size=96, seed=2)
     assert contents(other)["train/00000.jpg"] != contents(toy)["train/00000.jpg"] != contents(toy)["val/00000.jpg"]
 
 
 def test_toy_set_is_used_again_and_others_refused(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "draw_scene", None)  # nothing is drawn
+    monkeypatch.setattr(toyset, "draw_scene", None)  # nothing is drawn
     before = {path: path.stat().st_mtime_ns for path in toy.rglob("*")}
-    assert data.write_toy(toy, unlabelled=5, train=6, val=4, size=96, seed=1) == toy
+    assert toyset.write_toy(toy, unlabelled=5, train=6, val=4, size=96, seed=1) == toy
     assert before == {path: path.stat().st_mtime_ns for path in toy.rglob("*")}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "work.txt").write_text("keep me")
     for folder in (toy, tmp_path / "mine", tmp_path / "mine" / "work.txt"):
         with pytest.raises(ValueError, match="is not the toy set"):
-            data.write_toy(folder, unlabelled=5, train=6, val=4, size=96, seed=2)
+            toyset.write_toy(folder, unlabelled=5, train=6, val=4, size=96, seed=2)
     assert (tmp_path / "mine" / "work.txt").read_text() == "keep me"
 
 
 def test_toy_boxes_bound_their_shapes(monkeypatch):
     """On flat black, with one white shape a scene, the drawn pixels must fill the box to within a pixel."""
     paints = iter([])
-    monkeypatch.setattr(data, "texture", lambda w, h, g: np.full((h, w, 3), next(paints), np.float32))
-    monkeypatch.setattr(data, "randint", lambda low, high, g: label if low == 0 else 1)  # one object, of that class
+    monkeypatch.setattr(toyset, "texture", lambda w, h, g: np.full((h, w, 3), next(paints), np.float32))
+    monkeypatch.setattr(toyset, "randint", lambda low, high, g: label if low == 0 else 1)  # one object, of that class
     sides = []
     for i in range(90):
-        label, paints = i % len(data.SHAPES), iter([0.0, 1.0])
-        image, boxes_xyxy, labels = data.draw_scene(200, data.stream(0, i))
+        label, paints = i % len(toyset.SHAPES), iter([0.0, 1.0])
+        image, boxes_xyxy, labels = toyset.draw_scene(200, data.stream(0, i))
         if not labels:
             continue  # cut off by the border
         assert labels == [label]
@@ -650,15 +651,15 @@ def test_toy_boxes_bound_their_shapes(monkeypatch):
 
 def test_toy_shapes_that_are_mostly_hidden_get_no_label(monkeypatch):
     monkeypatch.setattr(
-        data, "place", lambda contours, side, w, h, g: [np.array([[10, 10], [40, 10], [40, 40], [10, 40.0]])]
+        toyset, "place", lambda contours, side, w, h, g: [np.array([[10, 10], [40, 10], [40, 40], [10, 40.0]])]
     )
-    _, boxes_xyxy, labels = data.draw_scene(100, data.stream(0, 1))
+    _, boxes_xyxy, labels = toyset.draw_scene(100, data.stream(0, 1))
     assert boxes_xyxy == [[10, 10, 40, 40]] and len(labels) == 1  # each of them covers the one before
 
 
 def test_toy_labels_say_nothing_about_colour():
-    scenes = [data.draw_scene(64, data.stream(5, i)) for i in range(120)]
-    counts = np.bincount([label for _, _, labels in scenes for label in labels], minlength=len(data.SHAPES))
+    scenes = [toyset.draw_scene(64, data.stream(5, i)) for i in range(120)]
+    counts = np.bincount([label for _, _, labels in scenes for label in labels], minlength=len(toyset.SHAPES))
     assert counts.min() > 0.5 * counts.mean() and 2 < counts.sum() / len(scenes) < 4.5
     hues = [[], []]
     for image, boxes_xyxy, labels in scenes:

@@ -16,6 +16,7 @@ from pycocotools.cocoeval import COCOeval
 
 import convert
 import data
+import toyset
 import finetune
 import runtime
 from model import VARIANTS, Siamese, build_detector
@@ -29,7 +30,7 @@ ONE = runtime.Run(torch.device("cpu"), 0, 1)
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    toy = data.write_toy(tmp_path_factory.mktemp("finetune") / "toy", unlabelled=1, train=8, val=10, size=64)
+    toy = toyset.write_toy(tmp_path_factory.mktemp("finetune") / "toy", unlabelled=1, train=8, val=10, size=64)
     torch.manual_seed(0)
     net = torchvision.models.mobilenet_v2()
     for module in net.modules():

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,36 @@ def test_commands_use_flags_that_exist(capsys):
                 assert all(flag in text for flag in flags), command
                 checked += len(flags)
     assert checked > 20
+
+
+TABLE_COMMANDS = re.findall(r"`((?:pre|coco|voc|voc10) [^`]+)`", README)
+
+
+@pytest.fixture(scope="module")
+def functions():
+    """The README's shell functions, with torchrun printing its arguments and `last` naming a file."""
+    (block,) = [block for block in re.findall(r"```bash\n(.*?)```", README, re.S) if "pre()" in block]
+    block = block.split("for data in")[0]
+    return block + 'torchrun() { printf "%s\\x1f" "$@"; printf "\\x1e"; }\nlast() { echo runs/$1/step-00300000.pt; }\n'
+
+
+def test_every_row_of_the_papers_tables_has_a_command():
+    assert len(TABLE_COMMANDS) == 19 + 23 + 6 + 14 + 8  # Tables 1 to 4, and the poster with VOC and VOC 10 %
+
+
+def test_commands_of_the_papers_tables_parse(functions):
+    """Each pretrains at most once, then fine-tunes what came of it; all flags are accepted."""
+    script = functions + "".join(f'{command}\nprintf "\\x1d"\n' for command in TABLE_COMMANDS)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and not done.stderr
+    rows = done.stdout.split("\x1d")[:-1]
+    assert len(rows) == len(TABLE_COMMANDS)
+    for row in rows:
+        calls = [call.split("\x1f")[2:-1] for call in row.split("\x1e")[:-1]]  # without --nproc-per-node 8
+        assert [call[0] for call in calls] in (["pretrain.py", "finetune.py"], ["finetune.py"]), row
+        tuned = finetune.parse_args(calls[-1][1:])
+        if len(calls) == 2:
+            args = pretrain.parse_args(calls[0][1:])
+            assert tuned.init == f"{args.out}/step-00300000.pt" and args.batch_size % (8 * args.micro_batch) == 0
+        else:
+            assert tuned.init or tuned.backbone_weights.endswith((".pth", ".tar"))
