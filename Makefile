@@ -5,9 +5,12 @@ PY = .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 export PYTHONWARNINGS ?= ignore::FutureWarning
 
-.PHONY: demo test test-slow check
+.PHONY: demo overfit test test-slow check
 demo: .venv/installed
 	$(PY) -m bench.demo --out runs/demo
+
+overfit: .venv/installed
+	$(PY) -m bench.overfit --out runs/overfit
 
 test: .venv/installed check
 	$(PY) -m pytest -m "not slow and not gpu"

@@ -114,8 +114,9 @@ class ConditionalDecoder(nn.Module):
         states, references = [], []
         for i, layer in enumerate(self.layers):
             references.append(reference)
-            at = reference.detach() if self.anchors and i else reference  # DAB: a layer looks where the last one said
-            encoding = sine_encoding(at[..., [1, 0, 2, 3][: at.shape[-1]]], C // 2)  # order y, x (, w, h)
+            if self.anchors or i == 0:  # Conditional looks at one place in all layers
+                at = reference.detach() if i else reference  # DAB: a layer looks where the last one said
+                encoding = sine_encoding(at[..., [1, 0, 2, 3][: at.shape[-1]]], C // 2)  # order y, x (, w, h)
             if self.anchors:
                 query = self.ref_point_head(encoding)
             spatial = encoding[..., :C]
@@ -141,7 +142,8 @@ class DeformableDecoder(nn.Module):
 
     def forward(self, query, content, anchor, ctx, blocked, bbox_embed):
         x, reference = content, at_least_float32(anchor)  # (B, N, 2)
-        refine = bbox_embed[0] is not bbox_embed[-1]  # one head per layer: box refinement
+        first, last = (head.layers[0].weight for head in (bbox_embed[0], bbox_embed[-1]))
+        refine = first is not last  # one head per layer: box refinement (torch.export copies modules, not parameters)
         states, references = [], []
         for layer, head in zip(self.layers, bbox_embed, strict=True):
             x = layer(x, query, reference, ctx, blocked)
@@ -273,10 +275,20 @@ class OutProjection(nn.Module):
 
     def forward(self, q, k, v, blocked=None):
         """q (B, N, E), k (B, S, E), v (B, S, C); blocked broadcasts to (B, 1, N, S), True = may not attend."""
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (self.split(t) for t in (q, k, v))
         allowed = None if blocked is None else ~blocked
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=self.p if self.training else 0.0)
         return self.out_proj(out.transpose(1, 2).flatten(2))  # Eq. (2): softmax(q k^T / sqrt(d_k)) v
+
+    def split(self, x):
+        """(B, S, C) -> (B, M, S, C / M)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def weights(self, q, k, v=None, blocked=None):
+        """softmax(q k^T / sqrt(d_k)) of Eq. (2), (B, M, N, S): for pictures, `forward` never forms it."""
+        q, k = self.split(q), self.split(k)
+        scores = q @ k.mT / q.shape[-1] ** 0.5
+        return (scores if blocked is None else scores.masked_fill(blocked, -torch.inf)).softmax(-1)
 
 
 class Attention(OutProjection):
@@ -289,8 +301,15 @@ class Attention(OutProjection):
         nn.init.xavier_uniform_(self.in_proj_weight)
 
     def forward(self, q, k, v, blocked=None):
-        projections = zip((q, k, v), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
-        return super().forward(*(F.linear(x, w, b) for x, w, b in projections), blocked)  # Eq. (3): f_q, f_k, f_v
+        return super().forward(*self.project(q, k, v), blocked)
+
+    def weights(self, q, k, v, blocked=None):
+        return super().weights(*self.project(q, k, v), blocked)
+
+    def project(self, *qkv):
+        """Eq. (3): f_q, f_k, f_v."""
+        parts = zip(qkv, self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
+        return [F.linear(x, w, b) for x, w, b in parts]
 
 
 class DeformAttention(nn.Module):
@@ -318,8 +337,12 @@ class DeformAttention(nn.Module):
 
     def forward(self, query, reference, c, ctx):
         """query (B, N, C), reference (B, N, G, 2 | 4) on the padded maps, c (B, S, C) -> (B, N, C)."""
-        shape = (self.heads, self.levels, self.points)
         value = self.value_proj(c).masked_fill(ctx.mask.unsqueeze(-1), 0).unflatten(-1, (self.heads, -1))
+        return self.output_proj(deform_attn(value, ctx.shapes, *self.weights(query, reference, c, ctx)))
+
+    def weights(self, query, reference, c, ctx):
+        """Where it looks: points (B, N, M, G, P, 2) in [0, 1] of the padded maps, and their weights (B, N, M, G, P)."""
+        shape = (self.heads, self.levels, self.points)
         offsets = at_least_float32(self.sampling_offsets(query)).unflatten(-1, (*shape, 2))
         weights = at_least_float32(self.attention_weights(query)).unflatten(-1, (self.heads, -1)).softmax(-1)
         at = reference[:, :, None, :, None]  # (B, N, 1, G, 1, 2 | 4)
@@ -327,8 +350,20 @@ class DeformAttention(nn.Module):
             locations = at[..., :2] + offsets / self.points * at[..., 2:] * 0.5
         else:
             locations = at + offsets / offsets.new_tensor(ctx.shapes).flip(-1)[:, None]  # cells -> [0, 1]
-        out = deform_attn(value, ctx.shapes, locations, weights.unflatten(-1, shape[1:]))
-        return self.output_proj(out)
+        return locations, weights.unflatten(-1, shape[1:])
+
+
+def cross_attention(detector, decode, layer=-1):
+    """What a decoder layer looks at in the image while `decode()` runs, for pictures: training never asks.
+
+    Weights (B, M, N, S) that add up to 1 over the tokens; Deformable: its points and their weights, see there.
+    """
+    layer = detector.transformer.decoder.layers[layer]
+    attention = layer.multihead_attn if isinstance(layer, VanillaLayer) else layer.cross_attn
+    seen = []
+    with torch.no_grad(), attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs)):
+        decode()
+        return attention.weights(*seen[-1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

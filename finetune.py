@@ -21,10 +21,12 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.ops import box_convert, box_iou
 from tqdm import tqdm
 
 import convert
@@ -60,7 +62,7 @@ RECIPES = {
 SHAPE = "variant backbone stride hidden_dim enc_layers dec_layers num_queries pre_norm box_refine".split()  # of a file
 RUN_ONLY = "epochs out device workers micro_batch log_every eval_every save_every keep_every".split()  # may change
 EVAL_BATCH = 8  # ours: one for all, since the padding of a batch moves convolution borders, and AP in its fourth digit
-METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()  # pycocotools' order
+METRICS = {"coco": "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split(), "voc07": "AP AP50 AP75".split()}
 
 
 def parse_args(argv=None):
@@ -98,6 +100,7 @@ def parse_args(argv=None):
     add("--weight-decay", type=float, default=1e-4, help="on all parameters (default 1e-4, released code)")
     add("--clip", type=float, default=0.1, help="largest norm of the gradient (default 0.1, released code)")
     add = p.add_argument_group("evaluation and prediction").add_argument
+    add("--metric", choices=METRICS, default="coco", help="AP as pycocotools (default), or VOC 2007's 11-point AP")
     add("--difficult", choices=["count", "ignore"], default="count", help="VOC: objects like all (default), or not")
     add("--eval-only", action="store_true", help="evaluate --init on --val and write OUT/detections.json")
     add("--predict", nargs="+", metavar="PATH", help="draw what --init detects on these images or folders, into OUT")
@@ -208,7 +211,7 @@ def train(args, run, stop):
         if epoch and (epoch % args.eval_every == 0 or done == steps):
             results = detect_all(detector, val, classes, run, args)
             if run.rank == 0:
-                metrics, per_class = coco_metrics(val.annotations, results, args.difficult)
+                metrics, per_class = evaluate(val.annotations, results, args.metric, args.difficult)
                 log.write(step=done, epoch=epoch, **metrics)
                 if metrics["AP"] > best:
                     best = metrics["AP"]
@@ -230,26 +233,34 @@ def backward(net, row, batches, weights, run, amp=False):
     """Forward and backward of a step's micro-batches -> {term: scalar, layers and micro-batches joined}, no gradient.
 
     The gradient left in `net` is that of the mean over all images of the step, whatever their split over ranks and
-    micro-batches: all their targets are counted first and give one normaliser.
+    micro-batches: all their targets are counted first and give the normalisers.
     """
-    targets = runtime.sum_over_ranks(sum(batch.valid.sum() for batch in batches))
-    num_boxes, parts = targets.clamp(min=1) / (run.world * len(batches)), []
+    per_image = torch.cat([batch.valid.sum(1) for batch in batches])
+    counts = runtime.sum_over_ranks(torch.stack([per_image.sum(), per_image.clamp(max=row.num_queries).sum()]))
+    num_boxes, num_matched = torch.stack([counts[0].clamp(min=1), counts[1]]) / (run.world * len(batches))
+    parts = []
     net.train()
     for i, batch in enumerate(batches):
         net.require_backward_grad_sync = i + 1 == len(batches)  # ranks add up their gradients once (read by DDP)
         with torch.autocast(run.device.type, torch.bfloat16, enabled=amp):
             pred = net(data.normalise(batch.x, batch.mask), batch.mask, batch.labels, batch.boxes, batch.valid)
-        terms = detector_losses(pred, batch, row, num_boxes)
+        terms = detector_losses(pred, batch, row, num_boxes, num_matched)
         (sum(weights[k] * v for k, v in terms.items()) / len(batches)).backward()
         parts.append({name: value.detach() for name, value in terms.items()})
     return {name: sum(part[name] for part in parts) / len(parts) for name in weights}
 
 
-def detector_losses(pred, batch, row, num_boxes):
-    """{"class", "l1", "giou"} of the matched queries, layers summed, no weights; for DN also of its noisy queries."""
-    target, softmax = (batch.labels, batch.boxes), row.softmax
-    match = losses.match(pred.logits, pred.boxes, *target, batch.valid, softmax=softmax, cost_class=row.cost_class)
-    terms = losses.detection_losses(pred.logits, pred.boxes, match, *target, softmax=softmax, num_boxes=num_boxes)
+def detector_losses(pred, batch, row, num_boxes, num_matched):
+    """{"class", "l1", "giou"} of the matched queries, layers summed, no weights; for DN also of its noisy queries.
+
+    All terms are divided by num_boxes, but for vanilla's weighted mean over the queries of which num_matched weigh 1:
+    another number where an image has more targets than there are queries, or no image has any.
+    """
+    logits, target, softmax = pred.logits, (batch.labels, batch.boxes), row.softmax
+    match = losses.match(logits, pred.boxes, *target, batch.valid, softmax=softmax, cost_class=row.cost_class)
+    count = num_matched if softmax else num_boxes
+    terms = {"class": losses.class_loss(logits, match, batch.labels, softmax=softmax, num_boxes=count)}
+    terms["l1"], terms["giou"] = losses.box_losses(pred.boxes, batch.boxes, match, num_boxes)
     if pred.dn is not None:
         copies = pred.dn.valid.shape[1] // batch.valid.shape[1]  # of each target
         terms |= losses.denoising_losses(*pred.dn, num_boxes * copies)
@@ -339,7 +350,7 @@ def evaluate_file(args, run, stop):
     if run.rank == 0:
         path = Path(args.save_json or Path(args.out) / "detections.json")
         path.write_text(json.dumps(results))
-        numbers = table(*coco_metrics(val.annotations, results, args.difficult))
+        numbers = table(*evaluate(val.annotations, results, args.metric, args.difficult))
         print(f"{numbers}\n{len(results)} detections on {len(val)} images: {path}")
     return 0
 
@@ -367,11 +378,16 @@ def detect_all(detector, dataset, classes, run, args):
              "bbox": [x0, y0, x1 - x0, y1 - y0]} for i, k, score, x0, y0, x1, y1 in rows]  # fmt: skip
 
 
-def coco_metrics(annotations, results, difficult="count"):
-    """pycocotools' 12 numbers {METRICS: 0..1, or -1 where there is no object of that size} and {class name: AP}.
+def evaluate(annotations, results, metric="coco", difficult="count"):
+    """COCO results -> {METRICS[metric]: 0..1, or -1 where there is no object} and {class name: AP}.
 
-    difficult "ignore": a difficult object may be missed, and one detection of it is forgiven.
+    difficult "ignore": a difficult object may be missed, and detections of it are forgiven (pycocotools: one of them).
     """
+    return {"coco": coco_metrics, "voc07": voc07_metrics}[metric](annotations, results, difficult)
+
+
+def coco_metrics(annotations, results, difficult="count"):
+    """pycocotools' 12 numbers."""
     categories, truth = [{"id": number, "name": name} for number, name in annotations.categories], []
     for image, *columns in zip(*annotations[1:7], strict=True):
         for (x0, y0, x1, y1), label, crowd, area, hard in zip(*(c.tolist() for c in columns), strict=True):
@@ -391,11 +407,60 @@ def coco_metrics(annotations, results, difficult="count"):
         evaluation.summarize()
     per_class = evaluation.eval["precision"][:, :, :, 0, -1].mean((0, 1))  # over IoU and recall, (K,); any size
     names = [category["name"] for category in categories]
-    return dict(zip(METRICS, evaluation.stats.tolist(), strict=True)), dict(zip(names, per_class.tolist(), strict=True))
+    metrics = dict(zip(METRICS["coco"], evaluation.stats.tolist(), strict=True))
+    return metrics, dict(zip(names, per_class.tolist(), strict=True))
+
+
+def voc07_metrics(annotations, results, difficult="count"):
+    """VOC 2007's 11-point AP: its mean over IoU 0.50, 0.55 ... 0.95 (DETReg's VOC table), and at 0.50 and 0.75 alone.
+
+    All detections count; each is held against the object of its class that it overlaps most, taken or not. DETReg's
+    table has difficult "ignore"; its code rounds scores to three digits before it sorts, this does not.
+    """
+    classes = {number: k for k, (number, _) in enumerate(annotations.categories)}
+    found, rows, objects = {image["id"]: [] for image in annotations.images}, [], 0
+    for r in results:  # the detector may know more classes
+        found[r["image_id"]].append([classes.get(r["category_id"], -1), r["score"], *r["bbox"]])
+    for of_image, boxes_xyxy, labels in zip(found.values(), *annotations[2:4], strict=True):
+        of_image = torch.tensor(of_image, dtype=torch.float64).reshape(-1, 6)
+        overlap = box_iou(box_convert(of_image[:, 2:], "xywh", "xyxy"), boxes_xyxy.double())
+        overlap = overlap * (of_image[:, :1] == labels)
+        overlap, at = torch.cat([overlap, overlap.new_zeros(len(overlap), 1)], 1).max(1)  # of nothing: 0
+        rows.append(torch.column_stack([of_image[:, :2], overlap, at + objects]))  # (detections, 4)
+        objects += len(labels)
+    rows, labels = torch.cat(rows), torch.cat(annotations.labels)
+    rows = rows[rows[:, 1].argsort(descending=True, stable=True)]
+    ignored = torch.cat(annotations.crowd) | (torch.cat(annotations.difficult) & (difficult == "ignore"))
+    needed = [(~ignored[labels == k]).sum().item() for k in classes.values()]
+    ap = [eleven_points(rows[rows[:, 0] == k, 2:], ignored, count) for k, count in enumerate(needed)]
+    ap = torch.tensor(ap, dtype=torch.float64)  # (K, 10)
+    at = ap.nanmean(0).nan_to_num(-1)  # over the classes that have an object: in VOC all
+    per_class = zip((name for _, name in annotations.categories), ap.mean(1).nan_to_num(-1).tolist(), strict=True)
+    return dict(zip(METRICS["voc07"], (at.mean().item(), at[0].item(), at[5].item()), strict=True)), dict(per_class)
+
+
+def eleven_points(rows, ignored, needed):
+    """11-point AP of one class at each of the ten IoUs, or NaN without an object to find (`needed` counts these).
+
+    rows (detections, 2), best first: the overlap with an object, and its number in `ignored`, whose objects, when hit,
+    make a detection neither right nor wrong.
+    """
+    if needed == 0:
+        return [math.nan] * 10
+    (overlap, number), at_each = rows.T.numpy(), []
+    number = np.where(overlap > 0, number, 0).astype(int)
+    for least in range(50, 100, 5):
+        hit, right = overlap > least / 100, np.zeros(len(rows))
+        right[np.flatnonzero(hit)[np.unique(number[hit], return_index=True)[1]]] = 1  # the first on each object
+        counts = ~(hit & ignored.numpy()[number])
+        right = np.cumsum(right * counts)
+        recall, precision = right / needed, right / np.maximum(np.cumsum(counts), 1)
+        at_each.append(sum(precision[recall >= point / 10].max(initial=0) for point in range(11)) / 11)
+    return at_each
 
 
 def table(metrics, per_class):
-    """The numbers as text: a row of 12, then a line per class."""
+    """The numbers as text: a row of all, then a line per class."""
     lines = ["".join(f"{name:>7}" for name in metrics), "".join(f"{value:7.3f}" for value in metrics.values()), ""]
     return "\n".join(lines + [f"{value:7.3f}  {name}" for name, value in per_class.items()])
 

@@ -157,6 +157,35 @@ def denoising_losses(logits, boxes, labels, targets, num):
     return (focal, *box_losses(boxes, matches, targets, num))
 
 
+# ---------------------------------------------------------------------- VOC 2007's metric
+
+
+def iou(box, other):
+    """Of two boxes (x, y, w, h)."""
+    (ax, ay, aw, ah), (bx, by, bw, bh) = box, other
+    intersection = max(0, min(ax + aw, bx + bw) - max(ax, bx)) * max(0, min(ay + ah, by + bh) - max(ay, by))
+    return intersection / (aw * ah + bw * bh - intersection)
+
+
+def eleven_point_ap(objects, detections, least):
+    """AP of one class at one IoU; objects [(image, box, ignored)], detections [(image, box, score)]."""
+    needed = sum(not ignored for _, _, ignored in objects)
+    taken, right, seen, curve = set(), 0, 0, []
+    for image, box, _ in sorted(detections, key=lambda detection: -detection[2]):
+        best, overlap = None, least
+        for i, (where, other, _) in enumerate(objects):
+            if where == image and iou(box, other) > overlap:
+                best, overlap = i, iou(box, other)
+        if best is not None and objects[best][2]:
+            continue
+        seen += 1
+        if best is not None and best not in taken:
+            taken.add(best)
+            right += 1
+        curve.append((right / needed, right / seen))
+    return sum(max([p for r, p in curve if r >= k / 10], default=0) for k in range(11)) / 11
+
+
 # ---------------------------------------------------------------------- random cases
 
 

@@ -1,13 +1,17 @@
 """finetune.py: schedules, one step, resume, evaluation against pycocotools, prediction, and what it refuses."""
 
 import contextlib
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import reference
 import torch
 import torchvision
 from PIL import Image
@@ -16,9 +20,11 @@ from pycocotools.cocoeval import COCOeval
 
 import convert
 import data
-import toyset
 import finetune
+import losses
 import runtime
+import toyset
+from bench import overfit
 from model import VARIANTS, Siamese, build_detector
 
 ROOT = Path(__file__).parents[1]
@@ -106,11 +112,66 @@ def test_recipes_hold_the_published_schedules():
     assert (args.lr, args.epochs, args.drop_epoch, args.lr_backbone, args.fraction) == (3e-4, 7, 40, 5e-5, 1.0)
 
 
+def test_voc10_is_the_same_1655_of_16551_images_for_everyone(monkeypatch):
+    """trainval of 2007 and of 2012 together; the published rule (DETReg) with its seed 0."""
+    n = 16551
+    images = [{"id": i + 1, "path": f"{i}.jpg", "width": 8, "height": 8} for i in range(n)]
+    none = [[torch.zeros(0)] * n for _ in range(5)]
+    everything = data.Annotations(Path("VOCdevkit"), images, *none, [(0, "aeroplane")], [])
+    monkeypatch.setattr(data, "read_annotations", lambda paths, split: everything)
+    args = parse("--recipe", "voc10")
+    finetune.resolve(args, None)
+    chosen = [image["id"] for image in finetune.labelled(args, args.train, "trainval").images]
+    rule = np.random.default_rng(0).choice(np.arange(1, n + 1), 1655, replace=False)
+    assert len(chosen) == 1655 and chosen == sorted(rule.tolist()) and chosen[:4] == [5, 41, 46, 57]
+    assert len(finetune.labelled(args, args.val, "test").images) == n
+    args.fraction_seed = 1
+    assert [image["id"] for image in finetune.labelled(args, args.train, "trainval").images] != chosen
+
+
+def write_voc(root, toy, names, part, split):
+    """Some pictures of a toy set as a VOC root, every second object difficult."""
+    labels = data.read_annotations(toy / f"{part}.json")
+    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for image, boxes_xyxy, kinds in zip(labels.images, labels.boxes_xyxy, labels.labels, strict=True):
+        stem = Path(image["path"]).stem
+        if stem not in names:
+            continue
+        shutil.copy(toy / image["path"], root / "JPEGImages" / Path(image["path"]).name)
+        xml = f"<size><width>{image['width']}</width><height>{image['height']}</height></size>"
+        for i, ((x0, y0, x1, y1), k) in enumerate(zip(boxes_xyxy.tolist(), kinds.tolist(), strict=True)):
+            corners = f"<xmin>{x0 + 1}</xmin><ymin>{y0 + 1}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax>"
+            xml += f"<object><name>{data.VOC_CLASSES[k]}</name><difficult>{i % 2}</difficult>"
+            xml += f"<bndbox>{corners}</bndbox></object>"
+        (root / "Annotations" / f"{stem}.xml").write_text(f"<annotation>{xml}</annotation>")
+    (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names))
+
+
+def test_two_voc_roots_train_and_evaluate_like_their_json(toy, tmp_path):
+    kit = tmp_path / "VOCdevkit"
+    old, new = kit / "VOC2007", kit / "VOC2012"
+    write_voc(old, toy, ["00000", "00001", "00002"], "train", "trainval")
+    write_voc(new, toy, ["00003", "00004", "00005", "00006", "00007"], "train", "trainval")
+    write_voc(old, toy, ["00008", "00009"], "val", "test")
+    data.voc2coco([old, new], kit / "trainval.json")
+    data.voc2coco([old], kit / "test.json", split="test")
+    more = f"--backbone-weights {toy.parent / 'backbone.pth'} --epochs 1 --recipe voc --fraction 0.5 --metric voc07 "
+    more += f"--difficult ignore {SMALL_FLAGS} {FAST}"
+    sources = {"roots": (f"{old} {new}", old), "json": (kit / "trainval.json", kit / "test.json")}
+    for name, (train, val) in sources.items():
+        assert finetune.main(f"--train {train} --val {val} --out {tmp_path / name} {more}".split()) == 0
+    first = json.loads((tmp_path / "roots" / "log.jsonl").read_text().splitlines()[0])
+    assert (first["images"], first["val_images"], len(first["settings"]["classes"])) == (4, 2, 20)
+    for key in ("loss", "AP", "AP50"):
+        assert logged(tmp_path / "roots", key) == logged(tmp_path / "json", key) != []
+
+
 def test_flags_are_the_documented_ones():
     assert set(vars(parse())) == set(
         "train val fraction fraction_seed limit overfit resolution workers init variant backbone backbone_weights "
         "stride hidden_dim enc_layers dec_layers num_queries dropout pre_norm box_refine recipe epochs drop_epoch "
-        "batch_size micro_batch lr lr_backbone weight_decay clip difficult eval_only predict threshold "
+        "batch_size micro_batch lr lr_backbone weight_decay clip metric difficult eval_only predict threshold "
         "save_json out device amp seed log_every eval_every save_every keep_every".split()
     )
 
@@ -150,6 +211,51 @@ def test_backward_gradient_does_not_depend_on_the_micro_batch(variant):
     for flat, terms in gradients[1:]:
         assert (flat - gradients[0][0]).norm() < 1e-4 * gradients[0][0].norm()
         assert torch.allclose(terms, gradients[0][1], rtol=1e-5)
+
+
+def slow_terms(row, pred, batch):
+    """What `backward` should return for one batch, from loops over queries and targets."""
+    count, slow = max(batch.valid.sum().item(), 1), dict.fromkeys(("class", "l1", "giou"), 0.0)
+    case = reference.Case(pred.logits, pred.boxes, batch.labels, batch.boxes, batch.valid)
+    match = losses.match(*case, softmax=row.softmax, cost_class=row.cost_class)
+    for layer in range(len(pred.logits)):
+        (logits, boxes, labels, targets), found = case.lists(layer), reference.as_dicts(match, layer)
+        if row.softmax:
+            slow["class"] += reference.cross_entropy(logits, found, labels)
+        else:
+            slow["class"] += reference.focal_loss(logits, found, labels, count)
+        l1, giou = reference.box_losses(boxes, found, targets, count)
+        slow["l1"], slow["giou"] = slow["l1"] + l1, slow["giou"] + giou
+    if pred.dn is not None:
+        slow |= {"dn_class": 0.0, "dn_l1": 0.0, "dn_giou": 0.0}
+        for layer in range(len(pred.logits)):
+            columns = pred.dn.logits[layer], pred.dn.boxes[layer], *pred.dn[2:4]
+            images = [[x[i][keep].tolist() for x in columns] for i, keep in enumerate(pred.dn.valid)]
+            terms = reference.denoising_losses(*zip(*images, strict=True), 5 * count)
+            slow |= {key: slow[key] + term for key, term in zip(("dn_class", "dn_l1", "dn_giou"), terms, strict=True)}
+    return slow
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("T", "N"), [(0, 300), (1, 300), (300, 300), (300, 12)])
+def test_backward_of_0_1_and_300_targets_equals_slow_loops(variant, T, N):
+    """The second image has one pixel and one target, or none; 12 queries leave targets over."""
+    torch.manual_seed(0)
+    detector = build_detector(variant, 6, **SMALL | {"num_queries": N}).train()
+    sizes, counts = [(64, 96), (1, 1)], [T, min(T, 1)]
+    images = [torch.randint(256, (3, *size), dtype=torch.uint8) for size in sizes]
+    boxes = [torch.rand(count, 4) * 0.4 + 0.2 for count in counts]
+    labels = [torch.randint(6, (count,)) for count in counts]
+    batch = data.collate_detections(list(zip(images, boxes, labels, range(2), sizes, strict=True)))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        pred = detector(data.normalise(batch.x, batch.mask), batch.mask, batch.labels, batch.boxes, batch.valid)
+    slow = slow_terms(detector.row, pred, batch)
+    torch.manual_seed(1)  # the same noisy queries
+    terms = finetune.backward(detector, detector.row, [batch], dict.fromkeys(slow, 1.0), ONE)
+    assert {name: term.item() for name, term in terms.items()} == pytest.approx(slow, rel=2e-4, abs=1e-5)
+    assert all(torch.isfinite(p.grad).all() for p in detector.parameters() if p.grad is not None)
+    assert any(p.grad.abs().max() > 0 for p in detector.class_embed.parameters())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -249,7 +355,7 @@ def test_coco_metrics_equal_pycocotools_on_the_files(toy):
     for stage in (evaluation.evaluate, evaluation.accumulate, evaluation.summarize):
         stage()
     metrics, per_class = finetune.coco_metrics(annotations, results)
-    assert list(metrics) == finetune.METRICS and 0.1 < metrics["AP"] < 0.9
+    assert list(metrics) == finetune.METRICS["coco"] and 0.1 < metrics["AP"] < 0.9
     assert list(metrics.values()) == pytest.approx(evaluation.stats.tolist(), abs=1e-9)
     found = [ap for ap in per_class.values() if ap >= 0]
     assert sum(found) / len(found) == pytest.approx(metrics["AP"])
@@ -272,6 +378,53 @@ def test_coco_metrics_can_ignore_difficult_objects(val):
     for results in (everything, easy):  # found or missed, it makes no difference
         assert finetune.coco_metrics(annotations, results, "ignore")[0]["AP"] == pytest.approx(1.0)
     assert finetune.coco_metrics(annotations, easy, "count")[0]["AP"] < 0.99
+
+
+@pytest.mark.parametrize("difficult", ["count", "ignore"])
+def test_voc07_metrics_equal_a_slow_loop(val, difficult):
+    """Ties in overlap and score, doubles, difficult and crowd objects, classes and images without a detection."""
+    g = torch.Generator().manual_seed(3)
+    hard = [torch.rand(len(labels), generator=g) < 0.3 for labels in val.labels]
+    crowd = [torch.rand(len(labels), generator=g) < 0.1 for labels in val.labels]
+    annotations = val._replace(difficult=hard, crowd=crowd, categories=[*val.categories, (99, "absent")])
+    results = disturbed(truth(val)) + disturbed(truth(val)[::2], seed=1)
+    results = [r | {"score": round(r["score"], 4)} for r in results if r["image_id"] != val.images[3]["id"]]
+    results += [r | {"category_id": 1000} for r in results[::9]]  # a class that the annotations do not have
+    slow = {}
+    for k, (number, name) in enumerate(val.categories):
+        ignored = [c | h if difficult == "ignore" else c for c, h in zip(crowd, hard, strict=True)]
+        objects = []
+        for image, boxes_xyxy, labels, skips in zip(val.images, val.boxes_xyxy, val.labels, ignored, strict=True):
+            corners = boxes_xyxy[labels == k].tolist()
+            boxes = [(x0, y0, x1 - x0, y1 - y0) for x0, y0, x1, y1 in corners]
+            objects += [(image["id"], *row) for row in zip(boxes, skips[labels == k].tolist(), strict=True)]
+        mine = [(r["image_id"], r["bbox"], r["score"]) for r in results if r["category_id"] == number]
+        slow[name] = [reference.eleven_point_ap(objects, mine, t / 100) for t in range(50, 100, 5)]
+    metrics, per_class = finetune.evaluate(annotations, results, "voc07", difficult)
+    assert per_class == pytest.approx({name: sum(ap) / 10 for name, ap in slow.items()} | {"absent": -1}, abs=1e-12)
+    mean = [sum(column) / len(slow) for column in zip(*slow.values(), strict=True)]
+    assert list(metrics.values()) == pytest.approx([sum(mean) / 10, mean[0], mean[5]], abs=1e-12)
+    assert 0.1 < metrics["AP"] < metrics["AP50"] < 0.95
+
+
+def test_voc07_metrics_of_the_truth_are_one_and_of_nothing_zero(val):
+    assert set(finetune.voc07_metrics(val, truth(val))[0].values()) == {1.0}
+    assert set(finetune.voc07_metrics(val, [])[0].values()) == {0.0}
+    half = [r for r in truth(val) if r["image_id"] != val.images[0]["id"]]  # found without a mistake up to some recall
+    found = finetune.voc07_metrics(val, half)[0]["AP50"]
+    assert round(found * 11 * len(val.categories)) == pytest.approx(found * 11 * len(val.categories), abs=1e-9)
+
+
+def test_train_and_eval_only_use_the_chosen_metric(toy, trained, val, tmp_path, capsys):
+    more = f"--eval-only --init {trained / 'best.pt'} --val {toy / 'val.json'} --out {tmp_path} --workers 0"
+    assert finetune.main([*more.split(), "--metric", "voc07"]) == 0
+    numbers = capsys.readouterr().out.splitlines()
+    expected = finetune.voc07_metrics(val, json.loads((tmp_path / "detections.json").read_text()))[0]
+    assert numbers[0].split() == ["AP", "AP50", "AP75"] and numbers[1].split() == [
+        f"{v:.3f}" for v in expected.values()
+    ]
+    run(toy, tmp_path / "run", "--overfit 2 --batch-size 2 --epochs 1 --metric voc07")
+    assert logged(tmp_path / "run", "AP") and not logged(tmp_path / "run", "AR100")
 
 
 def test_eval_only_repeats_the_logged_ap_and_writes_ids_of_the_json(toy, trained, val, tmp_path, capsys):
@@ -366,6 +519,12 @@ def test_parse_args_refuses_what_cannot_run(more):
     with pytest.raises(SystemExit) as stopped:
         finetune.parse_args(more.split())
     assert stopped.value.code == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec(convert.PACKAGE), reason="the wheel of MobileNetV2 is not installed")
+def test_small_detectors_overfit_eight_scenes_from_scratch_and_pretrained(tmp_path):
+    assert overfit.main(["--out", str(tmp_path), "--variants", "conditional", "deformable-ss"]) == 0
 
 
 @pytest.mark.slow
