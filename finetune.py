@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -33,6 +34,7 @@ import convert
 import data
 import losses
 import plots
+import proposals
 import runtime
 from model import VARIANTS, build_detector
 
@@ -60,7 +62,8 @@ RECIPES = {
     "voc10": {variant: row._replace(epochs=200, drop_epoch=150, fraction=0.1) for variant, row in VOC.items()},
 }
 SHAPE = "variant backbone stride hidden_dim enc_layers dec_layers num_queries pre_norm box_refine".split()  # of a file
-RUN_ONLY = "epochs out device workers micro_batch log_every eval_every save_every keep_every".split()  # may change
+RUN_ONLY = """epochs out device workers micro_batch log_every eval_every save_every keep_every
+eval_only predict export_proposals threshold save_json""".split()  # may change on resume
 EVAL_BATCH = 8  # ours: one for all, since the padding of a batch moves convolution borders, and AP in its fourth digit
 METRICS = {"coco": "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split(), "voc07": "AP AP50 AP75".split()}
 
@@ -104,6 +107,7 @@ def parse_args(argv=None):
     add("--difficult", choices=["count", "ignore"], default="count", help="VOC: objects like all (default), or not")
     add("--eval-only", action="store_true", help="evaluate --init on --val and write OUT/detections.json")
     add("--predict", nargs="+", metavar="PATH", help="draw what --init detects on these images or folders, into OUT")
+    add("--export-proposals", metavar="OUT", help="write --init's boxes on --predict as a cache for pretrain.py")
     add("--threshold", type=float, default=0.5, help="least score of a drawn detection (default 0.5)")
     add("--save-json", metavar="FILE", help="where --eval-only and --predict write their detections")
     add = p.add_argument_group("run").add_argument
@@ -118,6 +122,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     look = args.eval_only or args.predict
     needed = {"init": look, "train": not look, "val": not args.predict and not args.overfit}
+    needed["predict"] = args.export_proposals
     for name in [name for name, need in needed.items() if need and not getattr(args, name)]:
         p.error(f"--{name} is needed here; see --help")
     counts = "limit overfit epochs batch_size micro_batch log_every eval_every save_every keep_every resolution".split()
@@ -130,7 +135,8 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         with runtime.stop_on_signals() as stop:
-            job = predict if args.predict else evaluate_file if args.eval_only else train
+            look = export_proposals if args.export_proposals else predict
+            job = look if args.predict else evaluate_file if args.eval_only else train
             Path(args.out).mkdir(parents=True, exist_ok=True)
             return job(args, runtime.setup(args.device), stop)
     except (ValueError, OSError) as error:
@@ -484,6 +490,47 @@ def predict(args, run, stop):
     return 0
 
 
+@torch.no_grad()
+def export_proposals(args, run, stop):
+    """--export-proposals: boxes that --init is sure of, whatever their class, for a round of self-training (SimDETR).
+
+    A fine-tuned detector's or a pretrained one's; the latter was always told a region and, but for DETReg's, may know
+    little without one.
+    """
+    if len(args.predict) > 1:
+        raise ValueError("--export-proposals writes the cache of one folder, list file or json: give one to --predict")
+    tensors, meta = convert.read_weights(Path(args.init))
+    method = None if meta.get("classes") else meta.get("method")
+    if method:
+        detector = build_detector(**meta["build"])
+        (outputs,) = {len(v) for name, v in tensors.items() if re.fullmatch(r"class_embed\.(\d+\.)?bias", name)}
+        detector.pretext_heads(outputs)
+        detector.load_state_dict(tensors)
+        detector.resolution = 800
+    else:
+        detector, _ = load_detector(args.init, args)
+    detector.eval().to(run.device).resolution = args.resolution or detector.resolution
+    images = data.list_images(args.predict[0])
+    images = images._replace(paths=images.paths[: args.limit])
+
+    def boxes():
+        for path in tqdm(images.paths, "propose", unit="image"):
+            image = data.load_image(images.root / path)
+            pred, size = look_at(detector, image), torch.tensor(image.size * 2)
+            p = pred.logits[-1, 0].float()
+            if method in ("siamese", "updetr"):
+                score = p.softmax(-1)[:, 1:-1].sum(-1)  # all but "unused" and "nothing"
+            else:
+                score = p.softmax(-1)[:, :-1].amax(-1) if detector.row.softmax else p.sigmoid().amax(-1)
+            order = score.argsort(descending=True)
+            boxes_xyxy = box_convert(pred.boxes[-1, 0].float().cpu(), "cxcywh", "xyxy").clamp(0, 1) * size
+            yield image.size, boxes_xyxy[order.cpu()].numpy(), score[order].cpu().numpy()
+
+    cache = proposals.write_boxes(args.predict[0], args.export_proposals, images, boxes())
+    print(f"{cache.path} is complete: {cache.meta['boxes']} boxes on {len(cache)} images; give it to --proposals")
+    return 0
+
+
 def load_detector(path, args=None):
     """A fine-tuned checkpoint or an official one -> (detector in evaluation mode, class names), for `detect`.
 
@@ -502,13 +549,18 @@ def load_detector(path, args=None):
 def detect(detector, classes, image, threshold=0.5):
     """Objects of an image (path or PIL image), best first: [(class name, score, (x0, y0, x1, y1) in its pixels)]."""
     image = image.convert("RGB") if hasattr(image, "convert") else data.load_image(image)
-    size = data.resize_size(*image.size, detector.resolution, round(detector.resolution * 1333 / 800))
-    small, _ = data.cut_window(image, torch.zeros(0, 4), (0, 0, *image.size), size, flip=False)
-    x, mask = (t.to(next(detector.parameters()).device) for t in data.pad_stack([data.to_tensor(small)]))
-    pred = detector(data.normalise(x, mask), mask)
+    pred = look_at(detector, image)
     ((scores, labels, boxes_xyxy),) = detector.top_boxes(pred, torch.tensor([image.size]))
     rows = zip(labels.tolist(), scores.tolist(), boxes_xyxy.tolist(), strict=True)
     return [(classes[label], score, tuple(box)) for label, score, box in rows if score >= threshold]
+
+
+def look_at(detector, image):
+    """Prediction of a PIL image at the detector's resolution."""
+    size = data.resize_size(*image.size, detector.resolution, round(detector.resolution * 1333 / 800))
+    small, _ = data.cut_window(image, torch.zeros(0, 4), (0, 0, *image.size), size, flip=False)
+    x, mask = (t.to(next(detector.parameters()).device) for t in data.pad_stack([data.to_tensor(small)]))
+    return detector(data.normalise(x, mask), mask)
 
 
 if __name__ == "__main__":

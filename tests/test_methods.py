@@ -13,11 +13,13 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import box_convert
 
+import finetune
 import losses
 import pretrain
 import views
 from data import ImageList
 from model import METHODS, VARIANTS, build_detector
+from proposals import Cache
 from views import ViewBatch, ViewDataset, collate_views
 
 SMALL = dict(backbone="resnet18", hidden_dim=32, enc_layers=1, dec_layers=2, num_queries=12, dropout=0.0)
@@ -443,6 +445,22 @@ def test_clusters_tell_squares_from_stripes(tmp_path):
     assert "16 to 16 in a class" in done.stdout
     flags = ["--data", str(source), "--proposals", str(cache), "--pseudo-classes", str(cache / "classes-2.npy")]
     assert pretrain.main([*flags, "--out", str(tmp_path / "out"), *TINY]) == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_boxes_of_a_pretrained_detector_are_proposals_for_another_round(photos, tmp_path, method):
+    flags = ["--data", str(photos), *TINY, "--method", method]
+    assert pretrain.main([*flags, "--out", str(tmp_path / "one")]) == 0
+    export = ["--predict", str(photos), "--init", str(tmp_path / "one" / "step-00000003.pt"), "--device", "cpu"]
+    export += ["--export-proposals", str(tmp_path / "boxes"), "--resolution", "64", "--out", str(tmp_path / "o")]
+    assert finetune.main(export) == 0
+    cache = Cache(tmp_path / "boxes")
+    assert cache.kind == "model" and len(cache) == 12 and cache.meta["boxes"] == 12 * 6
+    boxes, scores = cache.boxes(3), cache.scores(3)
+    assert (boxes >= 0).all() and (boxes <= [128, 96, 128, 96]).all() and (np.diff(scores) <= 0).all()
+    assert 0 < scores.min() and scores.max() < 1
+    assert pretrain.main([*flags, "--proposals", str(tmp_path / "boxes"), "--out", str(tmp_path / "two")]) == 0
+    assert finetune.main([*export[:1], str(photos), str(photos), *export[2:]]) == 2  # one source, one cache
 
 
 @pytest.mark.parametrize(
