@@ -1,5 +1,6 @@
 """The fast step is the released one: same loss terms and gradients, a fraction of the operations."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -8,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
 import pretrain
+from bench import speed
 from bench.released import pretext_terms
 from model import Siamese, build_detector
 from views import ViewBatch
@@ -95,3 +97,12 @@ def test_step_takes_a_quarter_of_the_released_operations_and_hardly_ever_waits(m
     literal = counted(pretext_terms, 2)
     assert len(copies) == 2 + 12 and literal.operations.total() > 1.5 * two.operations.total()
     print(f"operations: ours {two.operations.total()}, the released habits {literal.operations.total()}")
+
+
+def test_step_bench_prints_and_records_paired_ratios(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speed, "RESULTS", tmp_path / "speed.jsonl")
+    monkeypatch.setattr(speed, "build_detector", lambda variant: build_detector(variant, backbone="resnet18"))
+    speed.main(["step", "--size", "64", "64", "--rounds", "1"])
+    (entry,) = [json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
+    assert entry["bench"] == "step" and len(entry["ratios"]) == 3 and all(r[0] > 0 for r in entry["ratios"].values())
+    assert "released / ours" in capsys.readouterr().out and entry["commit"] and entry["threads"]
