@@ -36,19 +36,21 @@ def save_pair(path, x, boxes, mask=None, title=None):
 
     x (2, 3, H, W), boxes (2, R, 4), mask (2, H, W); a single view (leading axis 1) stands alone.
     """
-    views = [_unpadded(x[v], None if mask is None else mask[v]) for v in range(len(x))]
-    regions = [_pixels(boxes[v], views[v]) for v in range(len(x))]
-    fig, axes = _panels(views, title)
+    views = [unpadded(x[v], None if mask is None else mask[v]) for v in range(len(x))]
+    regions = [to_pixels(boxes[v], views[v]) for v in range(len(x))]
+    fig, axes = panels(views, title)
     for ax, boxes_xyxy in zip(axes, regions, strict=True):
-        _draw(ax, boxes_xyxy, [str(i + 1) for i in range(len(boxes_xyxy))])
-    for i in _far_apart(regions[0], 4) if len(views) == 2 else ():
+        draw(ax, boxes_xyxy, [str(i + 1) for i in range(len(boxes_xyxy))])
+    for i in far_apart(regions[0], 4) if len(views) == 2 else ():
         ends = [(r[i, :2] + r[i, 2:]) / 2 for r in regions]
-        line = ConnectionPatch(*ends, "data", "data", axesA=axes[0], axesB=axes[1], color=_colour(i), lw=1.4, zorder=9)
+        line = ConnectionPatch(
+            *ends, "data", "data", axesA=axes[0], axesB=axes[1], color=colour_of(i), lw=1.4, zorder=9
+        )
         line.set_path_effects([Stroke(linewidth=2.8, foreground="white"), Normal()])
         fig.add_artist(line)
         for ax, end in zip(axes, ends, strict=True):
-            ax.plot(*end, "o", ms=6, color=_colour(i), mec="white", zorder=9)
-    return _write(fig, path)
+            ax.plot(*end, "o", ms=6, color=colour_of(i), mec="white", zorder=9)
+    return write(fig, path)
 
 
 @styled
@@ -58,19 +60,19 @@ def save_regions(path, x, mask, true_boxes, predicted, scores=None, title=None, 
     x (B, 3, H, W), mask (B, H, W) or None, true_boxes and predicted (B, R, 4), scores (B, R). Drawn are the `regions`
     of the highest score, or without scores those farthest apart; the mean below a panel is over all R.
     """
-    views = [_unpadded(x[i], None if mask is None else mask[i]) for i in range(min(images, len(x)))]
-    fig, axes = _panels(views, title, columns=2)
+    views = [unpadded(x[i], None if mask is None else mask[i]) for i in range(min(images, len(x)))]
+    fig, axes = panels(views, title, columns=2)
     for i, ax in enumerate(axes):
-        true, found = _pixels(true_boxes[i], views[i]), _pixels(predicted[i], views[i])
-        shown = _far_apart(true, regions) if scores is None else np.argsort(-_numpy(scores[i]), kind="stable")[:regions]
-        iou = _iou(true, found)
-        _draw(ax, found[shown], None, DASHED)
-        _draw(ax, true[shown], [f"{iou[k]:.2f}" for k in shown])
+        true, found = to_pixels(true_boxes[i], views[i]), to_pixels(predicted[i], views[i])
+        shown = far_apart(true, regions) if scores is None else np.argsort(-_numpy(scores[i]), kind="stable")[:regions]
+        iou = paired_iou(true, found)
+        draw(ax, found[shown], None, DASHED)
+        draw(ax, true[shown], [f"{iou[k]:.2f}" for k in shown])
         ax.set_xlabel(f"mean IoU {iou.mean():.2f} over {len(iou)} regions" if len(iou) else "no region")
     look = {"color": "#444444", "lw": 2}
     lines = [Line2D([], [], label="true", **look), Line2D([], [], ls=DASHED, label="predicted", **look)]
     fig.legend(handles=lines, loc="outside upper right", ncols=2, frameon=False)
-    return _write(fig, path)
+    return write(fig, path)
 
 
 @styled
@@ -78,13 +80,13 @@ def save_proposals(path, image, boxes_xyxy, top=30, title=None):
     """The first `top` of boxes_xyxy (k, 4), best first: bright and thick at the front, dark and thin behind."""
     image, boxes_xyxy = _image(image), _numpy(boxes_xyxy).reshape(-1, 4)
     shown = boxes_xyxy[:top]
-    fig, (ax,) = _panels([image], title or f"the first {len(shown)} of {len(boxes_xyxy)} proposals")
+    fig, (ax,) = panels([image], title or f"the first {len(shown)} of {len(boxes_xyxy)} proposals")
     colours = matplotlib.colormaps["plasma"](np.linspace(0.95, 0.1, max(len(shown), 1)))
     for rank in reversed(range(len(shown))):
-        _box(ax, shown[rank], colours[rank], width=2.6 - 1.6 * rank / len(shown))
+        draw_box(ax, shown[rank], colours[rank], width=2.6 - 1.6 * rank / len(shown))
     for rank, box in enumerate(shown[:3]):
-        _tag(ax, box, str(rank + 1), matplotlib.colors.to_hex(colours[rank]), [])
-    return _write(fig, path)
+        draw_tag(ax, box, str(rank + 1), matplotlib.colors.to_hex(colours[rank]), [])
+    return write(fig, path)
 
 
 @styled
@@ -93,11 +95,11 @@ def save_detections(path, image, boxes_xyxy, labels, scores, threshold=0.5, titl
     boxes_xyxy, scores = _numpy(boxes_xyxy).reshape(-1, 4), _numpy(scores).reshape(-1)
     keep = [i for i in np.argsort(-scores, kind="stable") if scores[i] >= threshold]
     names = sorted(set(labels))
-    fig, (ax,) = _panels([_image(image)], title)
-    colours = [_colour(names.index(labels[i])) for i in keep]
-    _draw(ax, boxes_xyxy[keep], [f"{labels[i]} {scores[i]:.2f}" for i in keep], colours=colours)
+    fig, (ax,) = panels([_image(image)], title)
+    colours = [colour_of(names.index(labels[i])) for i in keep]
+    draw(ax, boxes_xyxy[keep], [f"{labels[i]} {scores[i]:.2f}" for i in keep], colours=colours)
     ax.set_xlabel(f"{len(keep)} of score {threshold:g} or more" if keep else f"nothing of score {threshold:g} or more")
-    return _write(fig, path)
+    return write(fig, path)
 
 
 @styled
@@ -123,7 +125,7 @@ def save_curves(path, logs, keys=None, x="step", title=None):
     for ax in axes[len(keys) :]:
         ax.remove()
     _legend(fig, logs, title)
-    return _write(fig, path)
+    return write(fig, path)
 
 
 @styled
@@ -144,7 +146,7 @@ def save_ap(path, runs, title=None):
         ax.set_ylim(bottom=0)
         ax.xaxis.get_major_locator().set_params(integer=True)
     _legend(fig, runs, title)
-    return _write(fig, path)
+    return write(fig, path)
 
 
 def read_log(path):
@@ -173,7 +175,7 @@ def _image(x):
     return _numpy(x).transpose(1, 2, 0) if hasattr(x, "detach") else x
 
 
-def _unpadded(x, mask):
+def unpadded(x, mask):
     image = _image(x)
     if mask is None:
         return image
@@ -181,7 +183,8 @@ def _unpadded(x, mask):
     return image[: max(inside.any(1).sum(), 1), : max(inside.any(0).sum(), 1)]
 
 
-def _pixels(boxes, view):
+def to_pixels(boxes, view):
+    """Boxes (k, 4) of a view, an array (H, W, ...), as xyxy pixels."""
     cx, cy, w, h = _numpy(boxes).reshape(-1, 4).T
     return np.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], 1) * np.tile(view.shape[1::-1], 2)
 
@@ -190,12 +193,13 @@ def _area(boxes_xyxy):
     return (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).clip(0).prod(1)
 
 
-def _iou(a, b):
+def paired_iou(a, b):
+    """IoU of the k-th box of a with the k-th of b, both (k, 4) xyxy."""
     inner = _area(np.concatenate([np.maximum(a[:, :2], b[:, :2]), np.minimum(a[:, 2:], b[:, 2:])], 1))
     return inner / np.maximum(_area(a) + _area(b) - inner, 1e-9)
 
 
-def _far_apart(boxes_xyxy, count):
+def far_apart(boxes_xyxy, count):
     """Indices of up to `count` boxes, from the smallest on always the one farthest from those taken."""
     centres = (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
     taken = [int(_area(boxes_xyxy).argmin())] if len(centres) else []
@@ -206,7 +210,8 @@ def _far_apart(boxes_xyxy, count):
     return taken
 
 
-def _colour(i):
+def colour_of(i):
+    """The colour of region i, in every picture."""
     return COLOURS[i % len(COLOURS)]
 
 
@@ -214,7 +219,7 @@ def _is_number(v):
     return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
 
 
-def _panels(images, title=None, columns=2):
+def panels(images, title=None, columns=2):
     """A figure with the images in rows of `columns`, each row as high as the next -> figure, axes."""
     rows = [images[i : i + columns] for i in range(0, len(images), columns)] or [[np.full((3, 4, 3), 255, np.uint8)]]
     aspects = [[min(max(im.shape[1] / im.shape[0], 0.4), 3.0) for im in row] for row in rows]
@@ -232,22 +237,23 @@ def _panels(images, title=None, columns=2):
     return fig, axes
 
 
-def _draw(ax, boxes_xyxy, tags, style="-", colours=None):
+def draw(ax, boxes_xyxy, tags, style="-", colours=None):
     placed = []
     order = np.argsort(-_area(boxes_xyxy), kind="stable")  # small boxes and their tags over large ones
     for i in order:
-        _box(ax, boxes_xyxy[i], colours[i] if colours else _colour(i), style)
+        draw_box(ax, boxes_xyxy[i], colours[i] if colours else colour_of(i), style)
     for i in order if tags else ():
-        _tag(ax, boxes_xyxy[i], tags[i], colours[i] if colours else _colour(i), placed)
+        draw_tag(ax, boxes_xyxy[i], tags[i], colours[i] if colours else colour_of(i), placed)
 
 
-def _box(ax, box, colour, style="-", width=2.2):
+def draw_box(ax, box, colour, style="-", width=2.2):
+    """One box (x0, y0, x1, y1) with a thin dark rim, so that it shows on any background."""
     patch = Rectangle(box[:2], *(box[2:] - box[:2]), fill=False, ec=colour, lw=width, ls=style, joinstyle="miter")
     patch.set_path_effects([Stroke(linewidth=width + 1.4, foreground="#00000090"), Normal()])
     ax.add_patch(patch)
 
 
-def _tag(ax, box, text, colour, placed):
+def draw_tag(ax, box, text, colour, placed):
     """`text` in a corner of the box, above or below a box too small for it, not over the tags in `placed`."""
     (w, h), (x0, y0, x1, y1) = (ax.get_xlim()[1], ax.get_ylim()[0]), box
     tw, th = (
@@ -283,7 +289,7 @@ def _legend(fig, labels, title):
         fig.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 4), frameon=False)
 
 
-def _write(fig, path):
+def write(fig, path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, format="png", dpi=120, bbox_inches="tight", pad_inches=0.08)

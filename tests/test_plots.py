@@ -13,6 +13,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import plots
+from detectors import Attention, DeformAttention, VanillaLayer, cross_attention
+from model import VARIANTS, build_detector
+from ops import deform_attn
 
 ROOT = Path(plots.__file__).parent
 COLOURS = [matplotlib.colors.to_rgba(c) for c in plots.COLOURS]
@@ -190,3 +193,48 @@ def test_command_line_draws_run_folders_and_refuses_in_one_sentence(tmp_path):
     assert done.stdout.strip() == str(tmp_path / "a" / "curves.png") and is_picture(done.stdout.strip()), done.stderr
     done = subprocess.run([*command, str(tmp_path / "c")], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "no such log" in done.stderr
+
+
+def test_attention_weights_are_those_of_torch():
+    torch.manual_seed(0)
+    ours, theirs = Attention(24, 3, 0.0), torch.nn.MultiheadAttention(24, 3, batch_first=True)
+    theirs.load_state_dict(ours.state_dict())
+    torch.nn.init.normal_(ours.in_proj_bias)
+    theirs.in_proj_bias = ours.in_proj_bias
+    q, k, v, padding = torch.randn(2, 5, 24), torch.randn(2, 7, 24), torch.randn(2, 7, 24), torch.zeros(2, 7).bool()
+    padding[1, 4:] = True
+    out, weights = theirs(q, k, v, padding, need_weights=True, average_attn_weights=False)
+    blocked = padding[:, None, None]
+    torch.testing.assert_close(ours.weights(q, k, v, blocked), weights, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours(q, k, v, blocked), out, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", [0, -1])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cross_attention_is_what_the_layer_computed(variant, layer):
+    torch.manual_seed(0)
+    size = {"backbone": "mobilenet_v2", "hidden_dim": 32, "heads": 4, "enc_layers": 1, "dec_layers": 2}
+    detector = build_detector(variant, 3, num_queries=6, dropout=0.0, **size).eval()
+    x, mask = torch.randn(2, 3, 96, 128), torch.zeros(2, 96, 128, dtype=torch.bool)
+    mask[1, 64:], mask[1, :, 96:] = True, True
+    h = detector.features(x, detector.strides)
+    ctx = detector.encode([h[s] for s in detector.strides], mask)
+    module = detector.transformer.decoder.layers[layer]
+    module = module.multihead_attn if isinstance(module, VanillaLayer) else module.cross_attn
+    seen = []
+    with module.register_forward_hook(lambda _, inputs, output: seen.append((inputs, output))):
+        looked = cross_attention(detector, lambda: detector.decode(ctx), layer)
+    (inputs, output), N = seen[0], detector.num_queries
+    if isinstance(module, DeformAttention):
+        points, weights = looked
+        assert points.shape == (2, N, 4, detector.levels, 4, 2) and weights.shape == points.shape[:-1]
+        torch.testing.assert_close(weights.sum((-2, -1)), torch.ones(2, N, 4))
+        value = module.value_proj(ctx.c).masked_fill(ctx.mask.unsqueeze(-1), 0).unflatten(-1, (4, -1))
+        again = module.output_proj(deform_attn(value, ctx.shapes, points, weights))
+    else:
+        assert looked.shape == (2, 4, N, ctx.c.shape[1])
+        torch.testing.assert_close(looked.sum(-1), torch.ones(2, 4, N))
+        assert (looked.masked_select(ctx.mask[:, None, None]) == 0).all() and ctx.mask.any()
+        v = module.project(*inputs[:3])[2] if isinstance(module, Attention) else inputs[2]
+        again = module.out_proj((looked @ module.split(v)).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(again, output, rtol=1e-4, atol=1e-5)
