@@ -5,18 +5,28 @@ PY = .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 export PYTHONWARNINGS ?= ignore::FutureWarning
 
-.PHONY: demo overfit test test-slow check
+.PHONY: demo overfit test test-slow check fuzz soak walkthrough
 demo: .venv/installed
 	$(PY) -m bench.demo --out runs/demo
 
 overfit: .venv/installed
 	$(PY) -m bench.overfit --out runs/overfit
 
+walkthrough: .venv/installed
+	$(PY) -m bench.figures --out runs/docs
+	$(PY) -m bench.walkthrough --out runs/docs/walkthrough
+
 test: .venv/installed check
 	$(PY) -m pytest -m "not slow and not gpu"
 
 test-slow: .venv/installed
 	$(PY) -m pytest -m "slow and not gpu"
+
+fuzz: .venv/installed
+	FUZZ_CASES=100000 $(PY) -m pytest -s tests/test_fuzz.py
+
+soak: .venv/installed
+	$(PY) -m bench.soak --minutes 30 --kills 50 --out runs/soak
 
 check: .venv/installed
 	$(PY) -m ruff check .

@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import re
+import zipfile
 from collections import Counter
 from pathlib import Path
 from unittest import mock
@@ -324,6 +325,10 @@ def read_torch(path):
     allowed = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?"))]
     allowed += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # numpy 1 and 2
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size or archive.testzip():
+                    raise ValueError("it unpacks to more than its own size, or a checksum differs")
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise anything from KeyError to RuntimeError: one meaning, one sentence

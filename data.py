@@ -58,8 +58,7 @@ def list_images(source):
     source = Path(source)
     if source.is_dir():
         start = len(os.path.join(source, ""))
-        walk = (os.path.join(here, f)[start:] for here, _, files in os.walk(source, followlinks=True) for f in files)
-        walk = (path.replace(os.sep, "/") for path in walk if path.lower().endswith(SUFFIXES))
+        walk = (path[start:].replace(os.sep, "/") for path in files_below(source) if path.lower().endswith(SUFFIXES))
         paths = sorted(path for path in walk if "/." not in f"/{path}")  # hidden ones are no photographs
         if not paths:
             raise ValueError(f"{source} holds no image ({' '.join(SUFFIXES)}): give another folder")
@@ -72,6 +71,19 @@ def list_images(source):
         root, table = coco_table(source)
         return ImageList(root, [row["file_name"] for row in table["images"]])
     return ImageList(source.parent, existing(source.parent, read_lines(source), source))
+
+
+def files_below(folder):
+    """All files of a folder and those below; links are followed, no folder is entered twice, so that loops end."""
+    seen = set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:
+            folders.clear()
+        else:
+            seen.add(real)
+            folders.sort()
+            yield from (os.path.join(here, name) for name in files)
 
 
 def read_lines(path):

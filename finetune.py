@@ -139,9 +139,8 @@ def main(argv=None):
             job = look if args.predict else evaluate_file if args.eval_only else train
             Path(args.out).mkdir(parents=True, exist_ok=True)
             return job(args, runtime.setup(args.device), stop)
-    except (ValueError, OSError) as error:
-        print(f"finetune.py: {runtime.sentence(error)}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError, RuntimeError) as error:
+        return runtime.failed("finetune.py", error)
     finally:
         runtime.close()
 
@@ -192,7 +191,7 @@ def train(args, run, stop):
     net = DistributedDataParallel(detector, broadcast_buffers=False) if run.world > 1 else detector
     sampler = runtime.StepSampler(n, batch_size, args.micro_batch, run.rank, run.world, args.seed, start, steps)
     loader = iter(runtime.make_loader(train_set, sampler, data.collate_detections, args.workers, run.device))
-    window = []  # of one log line
+    window, done = [], start  # of one log line; steps done
     for step in tqdm(range(start, steps), "finetune", initial=start, total=steps, disable=run.rank > 0):
         began = time.time()
         runtime.seed_step(args.seed, step, run.rank)
@@ -202,17 +201,21 @@ def train(args, run, stop):
         optimizer.zero_grad(set_to_none=True)
         terms = backward(net, detector.row, batches, weights, run, args.amp)
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)  # released code
+        loss = sum(weights[k] * v for k, v in terms.items())
+        if not norm.isfinite():
+            rows = runtime.gather_rows(torch.cat([batch.index for batch in batches])).tolist()
+            paths = [train_set.annotations.images[i]["path"] for i in rows]
+            saved = state(optimizer=optimizer.state_dict(), best=best)
+            rate = optimizer.param_groups[0]["lr"]
+            runtime.stop_not_finite(out, log, step, saved, rate, {"loss": loss, **terms}, paths)
         optimizer.step()
 
         done, epoch, asked = step + 1, epoch_end.get(step + 1, 0), stop()
-        loss = sum(weights[k] * v for k, v in terms.items())
         window.append({"loss": loss, **terms, "grad_norm": norm, "seconds": time.time() - began})
         if done % args.log_every == 0 or done == steps:  # the only wait for the device besides matching
             values = runtime.mean_over_ranks({k: sum(row[k] for row in window) / len(window) for k in window[0]})
             values |= {"lr": optimizer.param_groups[0]["lr"], "images_per_s": batch_size / values.pop("seconds")}
             log.write(step=done, epoch=done * batch_size / n, **values)
-            if not math.isfinite(values["loss"]):
-                raise ValueError(f"step {done}: the loss is {values['loss']}; lower --lr, or train without --amp")
             window.clear()
         if epoch and (epoch % args.eval_every == 0 or done == steps):
             results = detect_all(detector, val, classes, run, args)

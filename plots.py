@@ -157,8 +157,11 @@ def read_log(path):
         raise ValueError(f"{path}: no such log; give the --out folder of a run")
     try:
         lines = path.read_text("utf-8").split("\n")[:-1]  # without the half line of a run that is writing just now
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
+        rows = [json.loads(line) for line in lines]
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("a line is no object")
+        return rows
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a log, a line is not JSON ({error})") from error
 
 

@@ -137,6 +137,11 @@ def parse_args(argv=None):
             setattr(args, key, recipe[key])
     if args.centre_features is None:
         args.centre_features = args.backbone == "mobilenet_v2"
+    counts = "num_regions resolution limit steps batch_size micro_batch log_every save_every keep_every".split()
+    for name in [name for name in counts if getattr(args, name) is not None and getattr(args, name) < 1]:
+        p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least 1")
+    if args.workers < 0 or args.seed < 0:
+        p.error(f"--workers {args.workers}, --seed {args.seed}: give 0 or more")
     return args
 
 
@@ -145,9 +150,8 @@ def main(argv=None):
     try:
         with runtime.stop_on_signals() as stop:
             return pretrain(args, runtime.setup(args.device), stop)
-    except (ValueError, OSError) as error:
-        print(f"pretrain.py: {runtime.sentence(error)}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError, RuntimeError) as error:
+        return runtime.failed("pretrain.py", error)
     finally:
         runtime.close()
 
@@ -186,13 +190,14 @@ def pretrain(args, run, stop):
         log.write(step=0, settings=settings, weights=weights, commit=runtime.commit(), photographs=len(train_set),
                   held_out=len(held_out), parameters=sum(p.numel() for p in parameters))  # fmt: skip
 
-    def save(step):
-        state = net.state_dict()
+    def state(step):
         meta = {"variant": args.variant, "method": args.method, "build": net.detector.settings, "weights": weights}
-        pretext = {k: v for k, v in state.items() if not k.startswith("detector.")}
-        runtime.save_checkpoint(args.out, step, {
-            "model": net.detector.state_dict(), "pretext": pretext, "optimizer": optimizer.state_dict(), "step": step,
-            "settings": settings, "meta": meta}, args.keep_every)  # fmt: skip
+        pretext = {k: v for k, v in net.state_dict().items() if not k.startswith("detector.")}
+        return {"model": net.detector.state_dict(), "pretext": pretext, "optimizer": optimizer.state_dict(),
+                "step": step, "settings": settings, "meta": meta}  # fmt: skip
+
+    def save(step):
+        runtime.save_checkpoint(args.out, step, state(step), args.keep_every)
         if run.rank == 0:
             picture = Path(args.out) / f"regions-{step:08d}.png"
             log.write(step=step, **region_report(net, held_out, run.device, picture))
@@ -224,10 +229,10 @@ def pretrain(args, run, stop):
             window.append(values if own_group is None else {**values, "batch_own_group": own_group})
         norm = nn.utils.clip_grad_norm_(parameters, args.clip)  # released code
         if not norm.isfinite():
-            paths = [train_set.paths[i] for batch in batches for i in batch.index.tolist()]
-            log.write(step=step, lr=group["lr"], stopped="gradient not finite", images=paths,
-                      **{k: float(v) for k, v in values.items()})  # fmt: skip
-            raise ValueError(f"step {step}: the gradient is not finite (loss terms and photographs stand in log.jsonl)")
+            rows = runtime.gather_rows(torch.cat([batch.index for batch in batches])).tolist()
+            terms = {k: sum(v[k] for v in window[-len(batches) :]) / len(batches) for k in values}
+            runtime.stop_not_finite(args.out, log, step, state(step), group["lr"], terms,
+                                    [train_set.paths[i] for i in rows])  # fmt: skip
         optimizer.step()
         if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
             mean = {k: torch.stack([values[k] for values in window]).mean() for k in window[0]}
@@ -238,7 +243,7 @@ def pretrain(args, run, stop):
         asked = stop()
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps or asked:
             save(step + 1)
-        if asked:
+        if asked and step + 1 < args.steps:
             print(f"stopped by a signal after step {step + 1}, state saved; the same command goes on")
             return runtime.STOPPED
     return 0

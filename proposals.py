@@ -153,11 +153,18 @@ class Cache:
         try:
             self.meta = read_json(self.path / "plan.json") | read_json(self.path / "meta.json")
             arrays = [np.load(self.path / f"{name}.npy", "r") for name in ("boxes", "scores", "offsets", "sizes")]
-        except (OSError, ValueError) as error:
+            self._boxes, self._scores, self._offsets, self.sizes = arrays
+            self.kind, self.draws = self.meta["kind"], self.meta["draws"]
+            self.rejected = [(path, reason) for path, reason in self.meta["rejected"]]
+            rows, n = len(self._boxes), len(self.sizes)
+            found = [(array.dtype.name, array.shape) for array in arrays]
+            want = [(found[0][0], (rows, 4)), ("float32", (rows,)), ("int64", (n * self.draws + 1,)), ("int32", (n, 2))]
+            if found != want or found[0][0] not in ("int16", "float32") or type(self.draws) is not int:
+                raise ValueError(f"its arrays are {found}")
+            if self._offsets[0] != 0 or self._offsets[-1] != rows or not isinstance(self.kind, str) or self.draws < 1:
+                raise ValueError("its parts do not belong together")
+        except Exception as error:  # which type it is depends on the damage
             raise ValueError(f"{path} is no whole proposal cache ({error}): write it with proposals.py") from error
-        self._boxes, self._scores, self._offsets, self.sizes = arrays
-        self.kind, self.draws = self.meta["kind"], self.meta["draws"]
-        self.rejected = [tuple(row) for row in self.meta["rejected"]]
         self.classes = read_classes(classes) if classes else None
         if classes and len(self.classes) != len(self._boxes):
             raise ValueError(f"{classes} has {len(self.classes)} labels for the {len(self._boxes)} boxes of {path}")
@@ -172,11 +179,17 @@ class Cache:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path} has images 0 to {len(self) - 1}, not {index}")
         at = index * self.draws + epoch % self.draws
-        return slice(self._offsets[at], self._offsets[at + 1])
+        start, end = self._offsets[at : at + 2].tolist()
+        if not 0 <= start <= end <= len(self._boxes):
+            raise ValueError(f"{self.path}: offsets.npy is damaged at image {index}: write the cache again")
+        return slice(start, end)
 
     def boxes(self, index, epoch=0):
         """(k, 4) float32 xyxy of image `index`, best first, in draw `epoch` modulo the number of draws."""
-        return np.array(self._boxes[self.rows(index, epoch)], np.float32)
+        boxes = np.array(self._boxes[self.rows(index, epoch)], np.float32)
+        if not ((boxes >= 0) & (boxes <= np.tile(self.sizes[index], 2))).all() or (boxes[:, :2] > boxes[:, 2:]).any():
+            raise ValueError(f"{self.path}: a box of image {index} is outside of it: write the cache again")
+        return boxes
 
     def scores(self, index, epoch=0):
         return np.array(self._scores[self.rows(index, epoch)])
@@ -188,7 +201,13 @@ class Cache:
     @cached_property
     def paths(self):
         rejected = dict(self.rejected)
-        return [path for path in read_json(self.path / "list.json") if path not in rejected]
+        paths = read_json(self.path / "list.json")
+        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+            raise ValueError(f"{self.path}/list.json is no list of paths: write the cache again")
+        paths = [path for path in paths if path not in rejected]
+        if len(paths) != len(self):
+            raise ValueError(f"{self.path} has boxes of {len(self)} images, lists {len(paths)}: write the cache again")
+        return paths
 
     def image_list(self, source):
         """The accepted images of `source`, in the cache's order; ValueError when it has lost or gained files."""
@@ -201,12 +220,11 @@ def read_classes(path):
     """The int16 pseudo-classes of a cache's boxes; ValueError when the file holds none."""
     try:
         classes = np.load(path, "r")
-    except (OSError, ValueError) as error:
+        kind = f"{classes.dtype} {classes.shape}"
+    except Exception as error:  # which type it is depends on the damage
         raise ValueError(f"{path} holds no pseudo-classes ({error}): write it with proposals.py --cluster") from error
-    if classes.dtype != np.int16 or classes.ndim != 1 or not len(classes) or classes.max() < 0:
-        raise ValueError(
-            f"{path} holds {classes.dtype} {classes.shape}, no labels: write it with proposals.py --cluster"
-        )
+    if classes.dtype != np.int16 or classes.ndim != 1 or not len(classes) or classes.max() < 0 or classes.min() < -1:
+        raise ValueError(f"{path} holds {kind}, no labels: write it with proposals.py --cluster")
     return classes
 
 
@@ -239,7 +257,10 @@ def same_files(out, source, paths, accepted, rejected=()):
 
 
 def read_json(path):
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): write the cache again") from error
 
 
 def write_json(path, value):

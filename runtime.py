@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import zipfile
 from contextlib import contextmanager
 from datetime import timedelta
@@ -59,6 +60,21 @@ def close():
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def failed(script, error):
+    """Say on stderr, in one sentence with the rank, why a run ends -> exit code 2; a RuntimeError of our own is raised.
+
+    A process that dies closes its connections, so that the others' next sum over ranks fails within seconds.
+    """
+    rank, world = _place()
+    cause = sentence(error)
+    if isinstance(error, RuntimeError):
+        if world == 1 or not (isinstance(error, dist.DistError) or "gloo" in cause):
+            raise error
+        cause = f"lost the connection to another process, whose own message tells why ({cause})"
+    print(f"{script}: {f'process {rank} of {world}: ' if world > 1 else ''}{cause}", file=sys.stderr, flush=True)
+    return 2
 
 
 def _place():
@@ -160,6 +176,8 @@ def save_checkpoint(out, step, state, keep_every=None):
     """Write out/step-NNNNNNNN.pt on rank 0 and keep the newest two, plus the multiples of `keep_every` -> its path."""
     path = Path(out) / f"step-{step:08d}.pt"
     if _place()[0] == 0:
+        for left in Path(out).glob(".step-*.pt.new"):  # by a process that was killed while writing
+            left.unlink()
         write_checkpoint(path, state)
         found = _checkpoints(out)
         for s in [s for s in found if s <= step][:-2]:
@@ -210,7 +228,20 @@ def read_checkpoint(path, map_location="cpu"):
 
 
 def latest_checkpoint(out, map_location="cpu"):
-    """Newest readable step-*.pt -> (path, state), or None without any; torn ones are passed over with one warning."""
+    """Newest readable step-*.pt -> (path, state), or None without any; torn ones are passed over with one warning.
+
+    All processes call it. Raises ValueError when none is readable, or when they do not all see the same file.
+    """
+    found = _newest_readable(out, map_location)
+    rank, world = _place()
+    steps = gather_rows(torch.tensor([int(found[0].stem[5:]) if found else -1])).tolist()
+    if steps != steps[:1] * world:
+        seen = ", ".join("none" if step < 0 else f"step {step}" for step in steps)
+        raise ValueError(f"{out}: the processes see different checkpoints ({seen}): put --out where all can read it")
+    return found
+
+
+def _newest_readable(out, map_location):
     torn = ""
     for path in reversed(_checkpoints(out).values()):
         try:
@@ -227,6 +258,20 @@ def latest_checkpoint(out, map_location="cpu"):
 
 def _checkpoints(out):
     return {int(path.stem[5:]): path for path in sorted(Path(out).glob(f"step-{'[0-9]' * 8}.pt"))}
+
+
+def stop_not_finite(out, log, step, state, lr, terms, images):
+    """End a run whose gradient is not finite: a line in the log and out/not-finite-NNNNNNNN.pt, then a ValueError.
+
+    state: what a checkpoint holds, before this step; terms: {name: this rank's loss}; images: paths of the whole batch.
+    The file is for inspection: a run does not resume from it, but from its last checkpoint.
+    """
+    path = Path(out) / f"not-finite-{step:08d}.pt"
+    log.write(step=step, stopped="gradient not finite", lr=lr, **mean_over_ranks(terms), images=images)
+    if _place()[0] == 0:
+        write_checkpoint(path, state)
+    where = f"{log.path or Path(out) / 'log.jsonl'} names loss terms and images, {path.name} has the weights"
+    raise ValueError(f"step {step}: the gradient is not finite ({where}); lower --lr, or train without --amp")
 
 
 class Log:
@@ -259,8 +304,8 @@ class Log:
 
 def _step_of(line):
     try:
-        return json.loads(line).get("step", 0)
-    except ValueError:
+        return int(json.loads(line).get("step", 0))
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return math.inf  # the half line of a killed process
 
 

@@ -11,14 +11,19 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
+import detectors
 import losses
 from data import normalise
+from ops.deform_attn import reference
 
 
 @contextmanager
-def attention_with_weights():
-    """Attention as nn.MultiheadAttention computes it when asked for its weights: scores, softmax, dropout, product."""
-    fused = F.scaled_dot_product_attention
+def released_attention():
+    """Attention as nn.MultiheadAttention computes it when asked for its weights: scores, softmax, dropout, product.
+
+    Deformable attention by grid_sample: what the released code can do without a GPU.
+    """
+    fused, compiled = F.scaled_dot_product_attention, detectors.deform_attn
 
     def attend(q, k, v, attn_mask=None, dropout_p=0.0):
         scores = (q * q.shape[-1] ** -0.5) @ k.mT
@@ -29,11 +34,11 @@ def attention_with_weights():
         weights.mean(1)  # over heads: what is returned, and dropped by the caller
         return weights @ v
 
-    F.scaled_dot_product_attention = attend
+    F.scaled_dot_product_attention, detectors.deform_attn = attend, reference
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = fused
+        F.scaled_dot_product_attention, detectors.deform_attn = fused, compiled
 
 
 def pretext_terms(net, batch):
@@ -49,7 +54,7 @@ def pretext_terms(net, batch):
             maps = backbone(normalise(crops.flatten(0, 1)), net.crop_strides)
             pooled = torch.cat([maps[s].mean((2, 3)) for s in net.crop_strides], 1)
             p.append(net.centre_p(pooled.unflatten(0, crops.shape[:2])))
-    with attention_with_weights():
+    with released_attention():
         contexts = [net.encode(maps, mask) for maps, mask in zip(h, batch.mask, strict=True)]
         answers = [det.decode(ctx, z=net.patch2query(region)) for ctx, region in zip(contexts, z[::-1], strict=True)]
     directions = [

@@ -191,6 +191,13 @@ print("done", run)
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 3, "rank": 0}\n'
 
 
+def test_failed_says_one_sentence_and_lets_errors_of_our_own_through(capsys):
+    assert runtime.failed("x.py", ValueError("a.jpg is broken\nmore")) == 2
+    assert capsys.readouterr().err == "x.py: a.jpg is broken\n"
+    with pytest.raises(RuntimeError, match="shapes"):  # a bug keeps its traceback
+        runtime.failed("x.py", RuntimeError("shapes differ"))
+
+
 # ---- checkpoints
 
 
@@ -263,6 +270,22 @@ def test_latest_checkpoint_refuses_to_begin_again_when_all_are_damaged(tmp_path)
         damage(runtime.save_checkpoint(tmp_path, step, state(step)), "torn")
     with pytest.raises(ValueError, match="step-00000002.pt.*step-00000001.pt.*another --out"):
         runtime.latest_checkpoint(tmp_path)
+
+
+def test_half_a_file_that_a_kill_left_goes_with_the_next_save(tmp_path):
+    (tmp_path / ".step-00000017.pt.new").write_bytes(b"half")
+    runtime.save_checkpoint(tmp_path, 20, state(20))
+    assert names(tmp_path) == ["step-00000020.pt"]
+
+
+def test_a_gradient_that_is_not_finite_is_written_down_for_inspection(tmp_path):
+    log = runtime.Log(tmp_path, 0)
+    with pytest.raises(ValueError, match="step 3: the gradient.*log.jsonl.*not-finite-00000003.pt"):
+        runtime.stop_not_finite(tmp_path, log, 3, state(3), 1e-4, {"loss": torch.tensor(torch.nan)}, ["a.jpg"])
+    assert read_lines(tmp_path)[-1] == {"step": 3, "stopped": "gradient not finite", "lr": 1e-4, "loss": "nan",
+                                        "images": ["a.jpg"]}  # fmt: skip
+    assert runtime.read_checkpoint(tmp_path / "not-finite-00000003.pt")["step"] == 3
+    assert runtime.latest_checkpoint(tmp_path) is None
 
 
 class Trap:
@@ -387,7 +410,7 @@ def test_log_resumed_shows_every_step_once(tmp_path):
     for step in (10, 20, 30, 40):
         log.write(step=step, loss=float(step))
     with open(tmp_path / "log.jsonl", "a") as f:
-        f.write('{"step": 50, "los')  # killed while writing
+        f.write('[1]\n{"step": null}\n{"step": 1e999}\n{"step": 50, "los')  # damaged, and killed while writing
     log = runtime.Log(tmp_path, 0, step=20)  # the newest checkpoint
     for step in (30, 40, 50):
         log.write(step=step, loss=float(step))
