@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
 import pretrain
-from bench import speed
+from bench import speed, timing, training
 from bench.released import pretext_terms
 from model import Siamese, build_detector
 from views import ViewBatch
@@ -102,8 +102,8 @@ def test_step_takes_a_quarter_of_the_released_operations_and_hardly_ever_waits(m
 
 
 def test_step_bench_prints_and_records_paired_ratios(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(speed, "RESULTS", tmp_path / "speed.jsonl")
-    monkeypatch.setattr(speed, "build_detector", lambda variant: build_detector(variant, backbone="resnet18"))
+    monkeypatch.setattr(timing, "RESULTS", tmp_path / "speed.jsonl")
+    monkeypatch.setattr(training, "build_detector", lambda variant: build_detector(variant, backbone="resnet18"))
     speed.main(["step", "--size", "64", "64", "--rounds", "1"])
     (entry,) = [json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
     assert entry["bench"] == "step" and len(entry["ratios"]) == 3 and all(r[0] > 0 for r in entry["ratios"].values())

@@ -1,0 +1,43 @@
+"""Paired times: every contestant in turn in one process, ratios to ours, and the file of results."""
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results" / "speed.jsonl"
+
+
+def paired(contestants, rounds, threads):
+    """{name: [seconds per round]}; every round runs every contestant once, the order turned round each time."""
+    clock = time.process_time if threads == 1 else time.perf_counter
+    times = {name: [] for name in contestants}
+    for r in range(rounds + 1):
+        for name in list(contestants)[:: 1 if r % 2 else -1]:
+            start = clock()
+            contestants[name]()
+            if r:  # the first round warms up
+                times[name].append(clock() - start)
+    return times
+
+
+def ratios(slow, fast):
+    """[median, smallest, largest] of the rounds' ratios slow / fast."""
+    each = [a / b for a, b in zip(slow, fast, strict=True)]
+    return [round(x, 2) for x in (statistics.median(each), min(each), max(each))]
+
+
+def record(entry):
+    """Prints a result and appends it, with where and when it was taken, to the results file."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    where = dict(commit=commit.stdout.strip(), cpu=cpu[0] if cpu else platform.processor(), torch=torch.__version__)
+    RESULTS.parent.mkdir(exist_ok=True)
+    with open(RESULTS, "a") as file:
+        file.write(
+            json.dumps({**entry, **where, "threads": torch.get_num_threads(), "date": time.strftime("%F")}) + "\n"
+        )
