@@ -157,9 +157,11 @@ def json_of(draw, value):
             parent = parent[key]
         how = draw(st.sampled_from(["set", "set", "set", "drop", "repeat", "nest"]))
         if last == "" or how == "set":
-            value = draw(VALUES) if last == "" else value
-            if last != "":
-                parent[last] = draw(VALUES)
+            new = copy.deepcopy(draw(VALUES))  # the drawn lists are shared, and could end up inside themselves
+            if last == "":
+                value = new
+            else:
+                parent[last] = new
         elif how == "drop":
             del parent[last]
         elif how == "repeat" and isinstance(parent, list):
