@@ -361,9 +361,9 @@ class DETR(nn.Module):
         """h = Backbone(x): {stride: (B, D, H, W)}."""
         return (self.fast_backbone or self.backbone[0])(x, strides)
 
-    def fold_backbone(self, dtype=torch.float32):
+    def fold_backbone(self, dtype=torch.float32, compiled=False):
         """From now on take features from a folded copy, in `dtype`, of the frozen backbone as it is now."""
-        self.fast_backbone = folded(self.backbone[0], dtype)
+        self.fast_backbone = folded(self.backbone[0], dtype, compiled)
 
     def encode(self, h, mask):
         """Eq. (1): c = Encoder(h). h: one (B, D, H, W) map per stride; mask (B, H0, W0) of the input. -> Context."""
@@ -592,10 +592,11 @@ class Backbone(nn.Module):
 MOBILENET_STAGES = {8: range(0, 7), 16: range(7, 14), 32: range(14, 19)}
 
 
-def folded(backbone, dtype=torch.float32):
+def folded(backbone, dtype=torch.float32, compiled=False):
     """A frozen copy of a backbone for speed: batch norms folded into the convolutions before them, channels last.
 
     Takes and returns float32; inside, `dtype`. Equal to the backbone up to rounding (about 1e-5 of the largest value).
+    compiled: by torch.compile, once for all sizes of images, at the first call.
     """
     backbone = copy.deepcopy(backbone)
     for parent in backbone.modules():
@@ -607,7 +608,13 @@ def folded(backbone, dtype=torch.float32):
                 conv.bias = nn.Parameter(norm.bias - norm.running_mean * scale, requires_grad=False)
                 setattr(parent, name, nn.Identity())
     backbone = backbone.requires_grad_(False).to(dtype=dtype, memory_format=torch.channels_last)
+    if compiled:
+        from torch._inductor import config  # takes seconds to import
 
+        config.freezing = True  # weights become constants: ReLU and sum join the convolution before them
+        backbone = torch.compile(backbone, dynamic=True)
+
+    @torch.no_grad()
     def forward(x, strides):
         x = x.to(dtype=dtype, memory_format=torch.channels_last)
         with torch.autocast(x.device.type, enabled=False):

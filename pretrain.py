@@ -120,6 +120,7 @@ def parse_args(argv=None):
     g.add_argument("--init", help="checkpoint whose detector weights to start from")
     g.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     g.add_argument("--amp", action="store_true", help="bfloat16 autocast and backbone")
+    g.add_argument("--compile", action="store_true", help="compile the frozen backbone at the start (a minute on a CPU)")
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--log-every", type=int, default=50, help="steps (default 50)")
     g.add_argument("--save-every", type=int, default=5000, help="steps between checkpoints and reports (default 5000)")
@@ -183,7 +184,7 @@ def pretrain(args, run, stop):
                 f"{args.out}: this run is finished, {start} of {args.steps} steps; choose another --out for a new one"
             )
             return 0
-    net.detector.fold_backbone(torch.bfloat16 if args.amp else torch.float32)
+    net.detector.fold_backbone(torch.bfloat16 if args.amp else torch.float32, args.compile)
     model = DistributedDataParallel(net) if run.world > 1 else net
     log = runtime.Log(args.out, run.rank, start)
     if not start:

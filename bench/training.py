@@ -14,6 +14,7 @@ def add_flags(command):
     command.add_argument("--variant", choices=VARIANTS, default="conditional")
     command.add_argument("--batch-size", type=int, default=2)
     command.add_argument("--size", type=int, nargs=2, default=(384, 416), metavar=("H", "W"), help="of a view")
+    command.add_argument("--compile", action="store_true", help="ours with pretrain.py --compile")
 
 
 def photographs(B, size, R=10):
@@ -36,7 +37,7 @@ def step(args):
         torch.manual_seed(0)
         net = Siamese(build_detector(args.variant)).train()
         if fused:
-            net.detector.fold_backbone(torch.bfloat16 if amp else torch.float32)
+            net.detector.fold_backbone(torch.bfloat16 if amp else torch.float32, args.compile)
         parameters = [p for p in net.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=1e-4, fused=fused or None)
 
@@ -61,4 +62,4 @@ def step(args):
     faster = {f"{slow} / {fast}": ratios(times[slow], times[fast]) for slow, fast in pairs}
     case = f"{args.variant}, batch {args.batch_size}, {args.size[0]} x {args.size[1]}"
     print(f"{case}: " + "; ".join(f"{name} {r[0]} ({r[1]} to {r[2]})" for name, r in faster.items()))
-    record({"bench": "step", "case": case, "ratios": faster})
+    record({"bench": "step", "case": case, "compile": args.compile, "rounds": args.rounds, "ratios": faster})

@@ -320,8 +320,8 @@ def test_frozen_backbone_stays_bit_identical_in_a_step():
     assert all(torch.equal(before[k], v) for k, v in net.detector.backbone.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
-def test_folded_backbone_equals_the_backbone(name):
+def random_backbone(name):
+    """A backbone whose batch norms do something."""
     backbone = build_detector("vanilla", **{**SMALL, "backbone": name}).backbone[0].eval()
     g = torch.Generator().manual_seed(0)
     for module in backbone.modules():
@@ -330,13 +330,32 @@ def test_folded_backbone_equals_the_backbone(name):
             module.bias.normal_(0, 0.1, generator=g)
             module.running_mean.normal_(0, 0.1, generator=g)
             module.running_var.uniform_(0.5, 1.5, generator=g)
-    x = torch.randn(2, 3, 64, 96, generator=g)
+    return backbone
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_folded_backbone_equals_the_backbone(name):
+    backbone = random_backbone(name)
+    x = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
         a, b = backbone(x, (8, 16, 32)), folded(backbone)(x, (8, 16, 32))
     assert a.keys() == b.keys() == {8, 16, 32}
     for stride, h in a.items():
         assert h.shape == (2, backbone.channels[stride], 64 // stride, 96 // stride)
         assert (h - b[stride]).abs().max() <= 1e-4 * h.abs().max()
+
+
+@pytest.mark.slow
+def test_compiled_backbone_equals_the_backbone_and_is_compiled_once_for_all_sizes():
+    backbone = random_backbone("resnet18")
+    compiled = folded(backbone, compiled=True)
+    torch._dynamo.utils.counters.clear()
+    for B, H, W in ((2, 64, 96), (3, 96, 128), (2, 128, 96), (5, 160, 160)):
+        x = torch.randn(B, 3, H, W)
+        with torch.no_grad():
+            a, b = backbone(x, (32,)), compiled(x, (32,))
+        assert (a[32] - b[32]).abs().max() <= 1e-4 * a[32].abs().max()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_freeze_trains_all_used_stages_but_the_first():
