@@ -345,6 +345,27 @@ def test_folded_backbone_equals_the_backbone(name):
         assert (h - b[stride]).abs().max() <= 1e-4 * h.abs().max()
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_folded_backbone_keeps_its_stem_out_of_bfloat16(name):
+    backbone, seen = random_backbone(name), {}
+    half = folded(backbone, torch.bfloat16)
+    exact = folded(backbone)
+    x = torch.randn(2, 3, 64, 96)
+    convolve = torch.nn.functional.conv2d
+
+    def watch(x, w, *rest):
+        seen.setdefault(x.dtype, []).append(len(seen))
+        return convolve(x, w, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "conv2d", watch)
+        a, b = half(x, (32,))[32], exact(x, (32,))[32]
+    stem = {"resnet18": 1, "mobilenet_v2": 3}[name]
+    total = len(seen[torch.bfloat16]) + stem  # of one backbone
+    assert len(seen[torch.float32]) == stem + total
+    assert a.dtype == torch.float32 and torch.nn.functional.cosine_similarity(a, b, dim=1).min() > 0.99
+
+
 @pytest.mark.slow
 def test_compiled_backbone_equals_the_backbone_and_is_compiled_once_for_all_sizes():
     backbone = random_backbone("resnet18")

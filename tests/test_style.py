@@ -22,7 +22,7 @@ MAY_IMPORT = {  # at module level; scripts may import any library file
 
 BUDGET = {  # lines; a file that outgrows its own loses something first, or this table says in a commit why not
     "clusters": 75, "convert": 480, "data": 530, "detectors": 440, "finetune": 580, "formats": 510, "losses": 260,
-    "model": 710, "plots": 330, "pretrain": 440, "proposals": 500, "runtime": 370, "toyset": 130, "views": 370,
+    "model": 720, "plots": 330, "pretrain": 440, "proposals": 500, "runtime": 370, "toyset": 130, "views": 370,
 }  # fmt: skip
 
 
