@@ -1,14 +1,18 @@
-"""What the README names exists: files, functions, tests, flags."""
+"""What the README names exists: files, functions, tests, flags; and the blocks that it marks as runnable run."""
 
 import importlib
+import os
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import finetune
 import pretrain
+import toyset
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -88,3 +92,60 @@ def test_commands_of_the_papers_tables_parse(functions):
             assert tuned.init == f"{args.out}/step-00300000.pt" and args.batch_size % (8 * args.micro_batch) == 0
         else:
             assert tuned.init or tuned.backbone_weights.endswith((".pth", ".tar"))
+
+
+SMALL = r"""
+set -e
+python() {  # the README's command, with small sizes after its own
+  case "$1" in
+    pretrain.py) command "$PY" "$@" --steps 1 --drop-step 1 --batch-size 4 --resolution 64 --device cpu
+      for name in runs/caltech-crop runs/caltech-roi; do
+        if [ -e $name/step-00000001.pt ]; then cp $name/step-00000001.pt $name/step-00003000.pt; fi
+      done ;;
+    finetune.py) command "$PY" "$@" --epochs 1 --drop-epoch 1 --resolution 64 --limit 4 --batch-size 4 --device cpu ;;
+    *) command "$PY" "$@" ;;
+  esac
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with what the runnable blocks name: the scripts, DATA, mine, photo.jpg, a pretrained file."""
+    here = tmp_path_factory.mktemp("readme")
+    for path in ROOT.glob("*.py"):
+        (here / path.name).symlink_to(path)
+    photos = toyset.write_toy(here / "toy", 12, 4, 4, 96)
+    for folder in ("mine", "DATA/cards"):
+        shutil.copytree(photos, here / folder)
+    shutil.copytree(photos / "unlabelled", here / "DATA/caltech101/images")
+    shutil.copy(next((photos / "val").iterdir()), here / "photo.jpg")
+    small = (
+        "--backbone resnet18 --backbone-weights random --hidden-dim 32 --enc-layers 1 --dec-layers 1 --num-queries 10"
+    )
+    run(here, f"python pretrain.py --data DATA/caltech101/images {small} --out runs/pre")
+    (here / "runs/pre/step-00000001.pt").rename(here / "runs/pre/step-00300000.pt")
+    return here
+
+
+def run(here, script):
+    env = {**os.environ, "PY": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(["bash", "-c", SMALL + script], cwd=here, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+
+
+RUNNABLE = re.findall(r"<!-- runnable.*?-->\n```(\w+)\n(.*?)```", README, re.S)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", range(len(RUNNABLE)), ids=lambda k: RUNNABLE[k][1].split()[1])
+def test_runnable_blocks_run(place, k):
+    """In the README's order: later ones read what earlier ones wrote."""
+    language, block = RUNNABLE[k]
+    if "transformers" in block:
+        pytest.importorskip("transformers")
+    run(place, block if language == "bash" else f"command \"$PY\" - <<'END'\n{block}\nEND\n")
+
+
+def test_four_blocks_are_runnable():
+    assert len(RUNNABLE) == 4
