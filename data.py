@@ -31,7 +31,6 @@ MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # ImageNet, on 0..1; r
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2")
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")  # ours: PIL's EPS would start a program
-FLOAT32 = 3e38  # a corner beyond it would become infinite
 MAX_PIXELS = 100_000_000  # ours: 300 MB once decoded; a larger header is taken for a decompression bomb
 TRANSPOSE = {o: Image.Transpose(m) for o, m in zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True)}  # EXIF orientation
 VOC_CLASSES = """aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person
@@ -235,9 +234,10 @@ def read_annotations(source, split="trainval", quiet=False):
             fault = "an image_id or category_id that is in no table, or a bbox or area that is no numbers"
             raise ValueError(f"{source}: annotation {row['id']} has {fault} ({error}): correct it") from error
         width, height = images[i]["width"], images[i]["height"]
-        known = all(abs(side) < FLOAT32 for side in (x, y, x + w, y + h))  # False for nan
-        if known and min(x + w, width) > max(x, 0) and min(y + h, height) > max(y, 0):
-            rows[i].append((x, y, x + w, y + h, *rest))
+        with np.errstate(over="ignore", invalid="ignore"):
+            x0, y0, x1, y1 = np.array([x, y, x + w, y + h]).astype(np.float32).tolist()  # what is kept of it
+        if math.isfinite(x0 + y0 + x1 + y1) and min(x1, width) > max(x0, 0) and min(y1, height) > max(y0, 0):
+            rows[i].append((x0, y0, x1, y1, *rest))
         else:
             bad.append(f"{images[i]['path']}: box {[x, y, w, h]} (x, y, w, h) is empty or outside the image")
     if bad and not quiet:

@@ -187,8 +187,8 @@ class Cache:
     def boxes(self, index, epoch=0):
         """(k, 4) float32 xyxy of image `index`, best first, in draw `epoch` modulo the number of draws."""
         boxes = np.array(self._boxes[self.rows(index, epoch)], np.float32)
-        if not ((boxes >= 0) & (boxes <= np.tile(self.sizes[index], 2))).all() or (boxes[:, :2] > boxes[:, 2:]).any():
-            raise ValueError(f"{self.path}: a box of image {index} is outside of it: write the cache again")
+        if not ((boxes >= 0) & (boxes <= np.tile(self.sizes[index], 2))).all() or (boxes[:, :2] >= boxes[:, 2:]).any():
+            raise ValueError(f"{self.path}: a box of image {index} is empty or outside of it: write the cache again")
         return boxes
 
     def scores(self, index, epoch=0):
@@ -241,6 +241,8 @@ def write_boxes(source, out, images, found):
     part = out / "parts" / "0"
     with open(part, "wb") as file:
         for size, boxes, scores in found:
+            wide = (boxes[:, :2] < boxes[:, 2:]).all(1)  # sides below float32's resolution are none
+            boxes, scores = boxes[wide], scores[wide]
             body = np.asarray(boxes, "<f4").tobytes() + np.asarray(scores, "<f4").tobytes()
             file.write(packed([*size, len(boxes)], body))
     join(out, [part], images, "model")

@@ -344,13 +344,13 @@ def test_read_annotations_refuses_what_is_no_coco_json(tmp_path):
 
 def test_read_annotations_counts_bad_boxes_and_names_the_first(tmp_path, capsys):
     bad = [[5, 5, 0, 9], [5, 5, 9, -1], [40, 0, 5, 5], [-9, 0, 9, 9], [0, 0, math.nan, 4], [0, 0, math.inf, 4],
-           [0, 0, 1e308, 4], [-1e39, 0, 2e39, 4]]  # fmt: skip
+           [0, 0, 1e308, 4], [-1e39, 0, 2e39, 4], [0, 0, 1e-60, 4], [9, 9, 1e-9, 4]]  # fmt: skip
     rows = [{"id": i, "image_id": 70, "category_id": 3, "bbox": bbox} for i, bbox in enumerate([*bad, [38, 28, 9, 9]])]
     found = read_annotations(coco(tmp_path, annotations=rows))
     assert found.boxes_xyxy[0].tolist() == [[38, 28, 47, 37]]
-    assert len(found.bad) == 8 and all(line.startswith("a.png") for line in found.bad)
+    assert len(found.bad) == 10 and all(line.startswith("a.png") for line in found.bad)
     error = capsys.readouterr().err
-    assert "8 bad boxes" in error and "a.png: box [5.0, 5.0, 0.0, 9.0]" in error and error.count("\n") == 1
+    assert "10 bad boxes" in error and "a.png: box [5.0, 5.0, 0.0, 9.0]" in error and error.count("\n") == 1
 
 
 def voc(root, objects, split=None, size=(40, 30), suffix="png"):

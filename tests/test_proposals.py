@@ -444,12 +444,18 @@ def test_boxes_of_a_detector_become_a_cache(tmp_path):
         Image.new("RGB", (64, 48)).save(photos / name)
     images = list_images(photos)
     boxes, scores = np.array([[1.5, 2, 30.25, 40], [0, 0, 64, 48]], np.float32), np.array([0.9, 0.2], np.float32)
-    found = [((64, 48), boxes, scores), ((64, 48), boxes[:0], scores[:0])]
+    thin = np.concatenate([boxes, [[5, 5, 5, 9]]]).astype(np.float32)  # a side too short for float32
+    found = [((64, 48), thin, np.append(scores, np.float32(0.1))), ((64, 48), boxes[:0], scores[:0])]
     cache = write_boxes(photos, out, images, iter(found))
     assert cache.kind == "model" and len(cache) == 2 and cache.image_list(photos).paths == ["a.png", "b.png"]
     assert np.array_equal(cache.boxes(0), boxes) and np.array_equal(cache.scores(0), scores) and not len(cache.boxes(1))
     with pytest.raises(ValueError, match="earlier export"):
         write_boxes(photos, out, images, iter(found))
+    stored = np.load(out / "boxes.npy")
+    stored[1, 2] = stored[1, 0]
+    np.save(out / "boxes.npy", stored)
+    with pytest.raises(ValueError, match="image 0 is empty or outside"):
+        Cache(out).boxes(0)
     with pytest.raises(ZeroDivisionError):  # an export that is cut short leaves nothing that reads as a cache
         write_boxes(photos, tmp_path / "cut", images, (1 / 0 for _ in range(1)))
     with pytest.raises(ValueError, match="no whole proposal cache"):
