@@ -28,12 +28,13 @@ ROOT = Path(__file__).parents[1]
 FLAGS = """--backbone resnet18 --backbone-weights random --hidden-dim 32 --enc-layers 1 --dec-layers 2 --num-queries 6
 --num-regions 3 --region-target roi --resolution 64 --batch-size 4 --lr 1e-3 --workers 1 --log-every 1
 --device cpu""".split()
+HEAP = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "131072"}  # glibc hands free memory back, so that it shows
 GROWTH = 50.0  # MB, from the second quarter of the samples to the last; ours: allocators breathe
 
 
 def start(out, photos, steps, save_every):
     flags = ["--data", str(photos), "--steps", str(steps), "--save-every", str(save_every), "--out", str(out), *FLAGS]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **HEAP}
     with open(f"{out}.console", "a") as console:
         command = [sys.executable, "pretrain.py", *flags]
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=console, stderr=subprocess.STDOUT)
