@@ -159,7 +159,8 @@ class Cache:
             rows, n = len(self._boxes), len(self.sizes)
             found = [(array.dtype.name, array.shape) for array in arrays]
             want = [(found[0][0], (rows, 4)), ("float32", (rows,)), ("int64", (n * self.draws + 1,)), ("int32", (n, 2))]
-            if found != want or found[0][0] not in ("int16", "float32") or type(self.draws) is not int:
+            numbers = self.draws, self.meta["max_boxes"]
+            if found != want or found[0][0] not in ("int16", "float32") or any(type(k) is not int for k in numbers):
                 raise ValueError(f"its arrays are {found}")
             if self._offsets[0] != 0 or self._offsets[-1] != rows or not isinstance(self.kind, str) or self.draws < 1:
                 raise ValueError("its parts do not belong together")
@@ -180,7 +181,7 @@ class Cache:
             raise IndexError(f"{self.path} has images 0 to {len(self) - 1}, not {index}")
         at = index * self.draws + epoch % self.draws
         start, end = self._offsets[at : at + 2].tolist()
-        if not 0 <= start <= end <= len(self._boxes):
+        if not 0 <= start <= end <= len(self._boxes) or end - start > self.meta["max_boxes"]:
             raise ValueError(f"{self.path}: offsets.npy is damaged at image {index}: write the cache again")
         return slice(start, end)
 
@@ -192,7 +193,10 @@ class Cache:
         return boxes
 
     def scores(self, index, epoch=0):
-        return np.array(self._scores[self.rows(index, epoch)])
+        scores = np.array(self._scores[self.rows(index, epoch)])
+        if not np.isfinite(scores).all():
+            raise ValueError(f"{self.path}: scores.npy is damaged at image {index}: write the cache again")
+        return scores
 
     def labels(self, index, epoch=0):
         """(k,) pseudo-classes of the boxes, -1 where a box was not clustered."""
@@ -242,7 +246,7 @@ def write_boxes(source, out, images, found):
     with open(part, "wb") as file:
         for size, boxes, scores in found:
             wide = (boxes[:, :2] < boxes[:, 2:]).all(1)  # sides below float32's resolution are none
-            boxes, scores = boxes[wide], scores[wide]
+            boxes, scores = boxes[wide][: DEFAULTS["max_boxes"]], scores[wide][: DEFAULTS["max_boxes"]]
             body = np.asarray(boxes, "<f4").tobytes() + np.asarray(scores, "<f4").tobytes()
             file.write(packed([*size, len(boxes)], body))
     join(out, [part], images, "model")

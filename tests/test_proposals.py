@@ -456,6 +456,9 @@ def test_boxes_of_a_detector_become_a_cache(tmp_path):
     np.save(out / "boxes.npy", stored)
     with pytest.raises(ValueError, match="image 0 is empty or outside"):
         Cache(out).boxes(0)
+    np.save(out / "scores.npy", np.full(2, np.nan, np.float32))
+    with pytest.raises(ValueError, match="scores.npy is damaged at image 0"):
+        Cache(out).scores(0)
     with pytest.raises(ZeroDivisionError):  # an export that is cut short leaves nothing that reads as a cache
         write_boxes(photos, tmp_path / "cut", images, (1 / 0 for _ in range(1)))
     with pytest.raises(ValueError, match="no whole proposal cache"):
