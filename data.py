@@ -156,7 +156,8 @@ def to_rgb(image):
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy RGB
 
 
 def to_tensor(image):
@@ -177,14 +178,15 @@ def resize_size(w, h, short, longest):
 
 def normalise(x, mask=None):
     """uint8 (..., 3, H, W) -> float32 (x / 255 - MEAN) / STD, exactly 0 where mask (..., H, W) says padding."""
-    x = x.float().div_(255).sub_(MEAN.to(x.device)).div_(STD.to(x.device))
+    x = x.float().sub_(255 * MEAN.to(x.device)).div_(255 * STD.to(x.device))
     return x if mask is None else x.masked_fill_(mask.unsqueeze(-3), 0.0)
 
 
 def pad_stack(images):
     """List of uint8 (3, h, w) -> x (B, 3, H0, W0), mask (B, H0, W0), padded at the bottom and right to the largest."""
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
-    x = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+    layout = torch.channels_last if images[0].stride(0) == 1 else torch.contiguous_format  # as theirs: plain copies
+    x = torch.empty(len(images), 3, height, width, dtype=torch.uint8, memory_format=layout).zero_()
     mask = torch.ones(len(images), height, width, dtype=torch.bool)
     for i, image in enumerate(images):
         _, h, w = image.shape

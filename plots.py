@@ -149,6 +149,44 @@ def save_ap(path, runs, title=None):
     return write(fig, path)
 
 
+@styled
+def save_bands(path, panels, x="epoch", title=None):
+    """Lines with intervals: {panel: {label: [(x, mean, low, high), ...]}}; low and high None where there is none."""
+    fig = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
+    labels = dict.fromkeys(label for lines in panels.values() for label in lines)
+    colours = dict(zip(labels, cycle(LINES), strict=False))
+    for ax, (name, lines) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for label, rows in lines.items():
+            colour = colours[label]
+            at, mean, low, high = (np.array(column, float) for column in zip(*rows, strict=True))  # None: NaN
+            ax.plot(at, mean, "o-", color=colour, lw=2, ms=4, mec="white")
+            ax.fill_between(at, low, high, color=colour, alpha=0.15, lw=0)
+        ax.set_title(name, loc="left")
+        ax.set_xlabel(x)
+    _legend(fig, labels, title)
+    return write(fig, path)
+
+
+@styled
+def save_bars(path, bars, xlabel, title=None):
+    """A bar a label with its interval, from the top: {label: (mean, low, high)}; low and high None for none."""
+    fig = Figure(figsize=(7.5, 0.42 * len(bars) + 1), layout="constrained")
+    ax = fig.subplots()
+    for place, (mean, low, high) in enumerate(bars.values()):
+        ax.barh(place, mean, color=LINES[0], alpha=0.75, height=0.6)
+        if low is not None:
+            ax.plot([low, high], [place, place], color="#222222", lw=1.6, marker="|", ms=8)
+    ax.axvline(0, color="#222222", lw=0.8)
+    ax.set_yticks(range(len(bars)), bars)
+    ax.invert_yaxis()
+    ax.grid(False, axis="y")
+    ax.set_axisbelow(True)
+    ax.set_xlabel(xlabel)
+    if title:
+        ax.set_title(title, loc="left")
+    return write(fig, path)
+
+
 def read_log(path):
     """log.jsonl of a run folder, or that file -> list of dicts; ValueError names a line that is not JSON."""
     path = Path(path)

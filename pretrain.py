@@ -67,6 +67,8 @@ def parse_args(argv=None):
     g.add_argument("--resolution", type=int, help="nominal short side, pixels (default: the recipe's, 384 or 640)")
     g.add_argument("--limit", type=int, help="use the first N photographs only, for a quick look")
     g.add_argument("--workers", type=int, default=4, help="loader processes per rank (default 4)")
+    where = "who changes colours: the workers (default) or --device, a GPU, which leaves the workers half the work"
+    g.add_argument("--augment-on", choices=["worker", "device"], default="worker", help=where)
     g = p.add_argument_group("method")
     g.add_argument("--method", choices=METHODS, default="siamese", help="default siamese")
     g.add_argument(
@@ -120,7 +122,7 @@ def parse_args(argv=None):
     g.add_argument("--init", help="checkpoint whose detector weights to start from")
     g.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     g.add_argument("--amp", action="store_true", help="bfloat16 autocast and backbone")
-    g.add_argument("--compile", action="store_true", help="compile the frozen backbone at the start (a minute on a CPU)")
+    g.add_argument("--compile", action="store_true", help="compile the frozen backbone first (a minute on a CPU)")
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--log-every", type=int, default=50, help="steps (default 50)")
     g.add_argument("--save-every", type=int, default=5000, help="steps between checkpoints and reports (default 5000)")
@@ -180,12 +182,10 @@ def pretrain(args, run, stop):
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
         if start >= args.steps:
-            print(
-                f"{args.out}: this run is finished, {start} of {args.steps} steps; choose another --out for a new one"
-            )
+            print(f"{args.out}: this run is finished, {start} of {args.steps} steps; choose another --out")
             return 0
     net.detector.fold_backbone(torch.bfloat16 if args.amp else torch.float32, args.compile)
-    model = DistributedDataParallel(net) if run.world > 1 else net
+    model = DistributedDataParallel(net, broadcast_buffers=False) if run.world > 1 else net
     log = runtime.Log(args.out, run.rank, start)
     if not start:
         log.write(step=0, settings=settings, weights=weights, commit=runtime.commit(), photographs=len(train_set),
@@ -197,11 +197,14 @@ def pretrain(args, run, stop):
         return {"model": net.detector.state_dict(), "pretext": pretext, "optimizer": optimizer.state_dict(),
                 "step": step, "settings": settings, "meta": meta}  # fmt: skip
 
+    report = {}  # the newest
+
     def save(step):
         runtime.save_checkpoint(args.out, step, state(step), args.keep_every)
         if run.rank == 0:
             picture = Path(args.out) / f"regions-{step:08d}.png"
-            log.write(step=step, **region_report(net, held_out, run.device, picture))
+            report.update(region_report(net, held_out, run.device, picture))
+            log.write(step=step, **report)
 
     sampler = runtime.StepSampler(len(train_set), args.batch_size, args.micro_batch, run.rank, run.world, args.seed,
                                   start, args.steps)  # fmt: skip
@@ -213,7 +216,7 @@ def pretrain(args, run, stop):
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * (0.1 if step >= args.drop_step else 1)
         optimizer.zero_grad(set_to_none=True)
-        batches = [next(loader).to(run.device) for _ in range(sampler.accumulate)]
+        batches = [next(loader).to(run.device).coloured() for _ in range(sampler.accumulate)]
         regions = runtime.sum_over_ranks(sum(batch.valid.sum() for batch in batches))  # one normaliser for the step
         num_boxes = regions.clamp(min=1) / (run.world * sampler.accumulate)
         for batch in batches:
@@ -247,6 +250,9 @@ def pretrain(args, run, stop):
         if asked and step + 1 < args.steps:
             print(f"stopped by a signal after step {step + 1}, state saved; the same command goes on")
             return runtime.STOPPED
+    if run.rank == 0:
+        keys = ["loss", *terms, *(key for key in ("iou_own", "iou_gain", "cos_gain") if key in report)]
+        plots.save_curves(Path(args.out) / "curves.png", {Path(args.out).name: plots.read_log(args.out)}, keys)
     return 0
 
 
@@ -302,7 +308,7 @@ def build_data(args, run):
                   seed=args.seed)  # fmt: skip
     order = torch.randperm(len(images.paths), generator=torch.Generator().manual_seed(0)).tolist()
     held_out = min(HELD_OUT, len(order) // 10)
-    train_set = Part(ViewDataset(images, proposals, **common), sorted(order[held_out:]))
+    train_set = Part(ViewDataset(images, proposals, augment_on=args.augment_on, **common), sorted(order[held_out:]))
     return train_set, Part(ViewDataset(images, proposals, jitter=0.0, **common), order[:held_out] or order[:8])
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.ops import box_convert, nms
 
+from colour import change_colour, change_colours, draw_colour
 from data import ImageList, cut_window, draw_window, load_image, pad_stack, resize_size, stream
 from proposals import random_boxes
 
@@ -35,7 +36,6 @@ MIN_SIDE = 16  # smaller photographs are refused, here as by proposals.py (ours)
 MIN_BOX = 8  # of a proposal to be cropped from a single view, pixels of the photograph: the least of UP-DETR's sampler
 MIN_AREA, MAX_ASPECT = 0.05, 8.0  # of a region: share of the overlap; of a random one, either way (released code)
 PAD_JITTER = 0.1  # largest shift of a repeated region, as a fraction of its side (released code)
-LUMA = np.array([0.299, 0.587, 0.114])  # grey = LUMA . rgb, as in PIL
 UNIT = (0.0, 0.0, 1.0, 1.0)
 
 
@@ -49,9 +49,20 @@ class ViewBatch(NamedTuple):  # an item is one without the B axis and the mask; 
     index: Tensor  # (B,) position in the image list
     fallback: Tensor  # (B,) no proposal survived, the regions are random, or (DETReg) none
     labels: Tensor | None = None  # (V, B, R) pseudo-classes, -1 for a region that has none
+    x_colours: Tensor | None = None  # (V, B, 11), of draw_colour, where x is to be augmented on the device
+    crop_colours: Tensor | None = None  # (V, B, R, 11)
 
     def to(self, device, non_blocking=True):
         return ViewBatch(*(v if v is None else v.to(device, non_blocking=non_blocking) for v in self))
+
+    def coloured(self):
+        """The batch itself, or with `augment_on="device"` the one whose colours are changed, where its tensors are."""
+        x, crops = self.x, self.crops
+        if self.x_colours is not None:
+            x = change_colours(x, self.x_colours, self.mask)
+        if self.crop_colours is not None:
+            crops = change_colours(crops, self.crop_colours)
+        return self._replace(x=x, crops=crops, x_colours=None, crop_colours=None)
 
 
 class ViewDataset(Dataset):
@@ -60,12 +71,13 @@ class ViewDataset(Dataset):
     `proposals.boxes(index, epoch)` gives (k, 4) xyxy in `load_image`'s frame, best first; None means random regions.
     `proposals.labels(index, epoch)` gives their pseudo-classes (k,), if `proposals.classes` says that there are any.
     method: siamese has V = 2 views, updetr and detreg V = 1. Boxes follow `rounded` rectangles, or exact ones.
+    augment_on: "worker", or "device" for items with their pixels as they were and the draws of their colours.
     Raises ValueError naming a bad setting or a bad file, which is never replaced by another.
     """
 
     def __init__(self, images: ImageList, proposals=None, *, method="siamese", num_regions=10, tau=0.5,
                  short_sides=SHORT_SIDES["imagenet"][0], longest=SHORT_SIDES["imagenet"][1], jitter=0.1, crop_size=128,
-                 crops=True, augment=True, region_nms=1.0, rounded=True, seed=0):  # fmt: skip
+                 crops=True, augment=True, augment_on="worker", region_nms=1.0, rounded=True, seed=0):  # fmt: skip
         if method not in ("siamese", "updetr", "detreg"):
             raise ValueError(f"method {method!r} has no views: choose siamese, updetr or detreg")
         if not (0 < tau <= 1 and num_regions >= 1 and 0 <= jitter < 0.5):  # from 0.5 on, jitter turns boxes inside out
@@ -75,7 +87,7 @@ class ViewDataset(Dataset):
         self.images, self.proposals, self.num_regions, self.tau = images, proposals, num_regions, tau
         self.short_sides, self.longest, self.jitter, self.seed = tuple(short_sides), longest, jitter, seed
         self.crop_size, self.crops, self.augment, self.region_nms = crop_size, crops, augment, region_nms
-        self.method, self.rounded = method, rounded
+        self.method, self.rounded, self.augment_on = method, rounded, augment_on
 
     def __len__(self):
         return len(self.images.paths)
@@ -89,7 +101,10 @@ class ViewDataset(Dataset):
             raise ValueError(f"{path}: {image.width} x {image.height} pixels, a view needs {MIN_SIDE}: leave it out")
         proposals = torch.empty(0, 4) if self.proposals is None else torch.tensor(self.proposals.boxes(index, epoch))
         make = self.two_views if self.method == "siamese" else self.one_view
-        x, boxes, rois, rows, crops = make(image, proposals, g)
+        views, boxes, rois, rows, crops = make(image, proposals, g)
+        x, x_colours = self.stack(views, g if self.method == "siamese" else None)
+        stacked = self.stack(crops, g) if crops else (None, None)
+        crops, crop_colours = (v if v is None else v.unflatten(0, boxes.shape[:2]) for v in stacked)
         boxes, rois = (box_convert(b, "xyxy", "cxcywh").float() for b in (boxes, rois))
         known, shape = self.proposals is not None, boxes.shape[:2]
         valid = torch.arange(shape[1]).lt(len(rows)).expand(shape)
@@ -99,26 +114,29 @@ class ViewDataset(Dataset):
             labels = torch.full(shape, -1)
             classes = torch.tensor(self.proposals.labels(index, epoch), dtype=torch.long)
             labels[:, : len(rows)] = torch.where(rows < 0, -1, F.pad(classes, (0, 1))[rows])
-        return ViewBatch(x, None, boxes, rois, valid, crops, index, fallback, labels)
+        return ViewBatch(x, None, boxes, rois, valid, crops, index, fallback, labels, x_colours, crop_colours)
 
     def two_views(self, image, proposals, g):
-        """Siamese DETR (Sec. 3.2): x (2, 3, h, w), boxes and rois (2, R, 4) xyxy in [0, 1], rows (R,), crops."""
+        """Siamese DETR (Sec. 3.2): views, boxes and rois (2, R, 4) xyxy in [0, 1], rows (R,), crops.
+
+        Views and crops are lists, of V and V * R arrays (h, w, 3) uint8, their colours as in the photograph.
+        """
         base = resize_size(*image.size, self.short_sides[int(uniform(g, 0, len(self.short_sides)))], self.longest)
         flip = uniform(g) < 0.5  # one coin for both views (released code); SimSiam flips each on its own
         outer, *rects = two_rectangles(*base, self.tau, g, rounded=self.rounded)
         overlap = clip(row(*rects[0]), rects[1])[0].tolist()
         proposals = map_boxes(proposals, (0, 0, *image.size), (0, 0, *base))
+        pixels = np.asarray(image)
         if flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            pixels = cv2.flip(pixels, 1)
             proposals = map_boxes(proposals, (0, 0, *base), (base[0], 0, 0, base[1]))[:, [2, 1, 0, 3]]
         regions, rows = choose_regions(proposals, overlap, self.num_regions, g, self.region_nms)
         boxes = torch.stack([map_boxes(regions, rect, UNIT) for rect in rects])  # (V, R, 4), in [0, 1] to the last bit
         rois = jitter_boxes(boxes, self.jitter, g, UNIT)  # from the item's key; the released code draws on the device
-        pixels = rects if self.rounded else [tuple(map(round, rect)) for rect in rects]  # --compat released
-        views = [cut(image, rect, base, (outer[2] - outer[0], outer[3] - outer[1])) for rect in pixels]
-        x = stack_images(views, g if self.augment else None)
+        shown = rects if self.rounded else [tuple(map(round, rect)) for rect in rects]  # --compat released
+        views = [cut(pixels, rect, base, (outer[2] - outer[0], outer[3] - outer[1])) for rect in shown]
         # Eq. (5) crops the augmented views; released code: the clean ones, each crop recoloured
-        return x, boxes, rois, rows, self.cut_crops(views, boxes, g) if self.crops else None
+        return views, boxes, rois, rows, self.cut_crops(views, boxes) if self.crops else []
 
     def one_view(self, image, proposals, g):
         """UP-DETR: the image, only resized. DETReg: DETR's training crop. As `two_views`, with V = 1.
@@ -143,28 +161,38 @@ class ViewDataset(Dataset):
         view, boxes = cut_window(image, source, window, size, flip)
         kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
         boxes, source, rows = map_boxes(boxes[kept], (0, 0, *size), UNIT), source[kept], rows[kept]
-        boxes, crops = F.pad(boxes, (0, 0, 0, self.num_regions - len(rows)), value=0.5)[None], None
+        missing = self.num_regions - len(rows)
+        boxes, crops = F.pad(boxes, (0, 0, 0, missing), value=0.5)[None], []
         if self.crops:
-            crops = torch.zeros(1, self.num_regions, 3, self.crop_size, self.crop_size, dtype=torch.uint8)
-            if len(rows):
-                crops[:, : len(rows)] = self.cut_crops([image], map_boxes(source, (0, 0, w, h), UNIT)[None], g)
-        return stack_images([view]), boxes, boxes, rows, crops
+            crops = self.cut_crops([np.asarray(image)], map_boxes(source, (0, 0, w, h), UNIT)[None])
+            crops += [np.zeros((self.crop_size, self.crop_size, 3), np.uint8)] * missing
+        return [np.asarray(view)], boxes, boxes, rows, crops
 
-    def cut_crops(self, images, boxes, g):
-        """Crop(x, b): (V, R, 4) xyxy in [0, 1] of each of V images -> (V, R, 3, 128, 128), each recoloured."""
+    def cut_crops(self, images, boxes):
+        """Crop(x, b): (V, R, 4) xyxy in [0, 1] of each of V images -> V * R crops of 128 x 128."""
         side = (self.crop_size, self.crop_size)
-        crops = [[cut(image, box, (1, 1), side) for box in b] for image, b in zip(images, boxes.tolist(), strict=True)]
-        return stack_images(crops, g if self.augment else None)
+        return [cut(image, box, (1, 1), side) for image, b in zip(images, boxes.tolist(), strict=True) for box in b]
+
+    def stack(self, images, g):
+        """List of images -> (len, 3, h, w), recoloured from g, or as they are with the draws (len, 11) for it."""
+        if g is None or not self.augment:
+            return stack_images(images), None
+        if self.augment_on == "worker":
+            return stack_images(images, g), None
+        return stack_images(images), draw_colour(g, len(images))
 
 
 def collate_views(items):
     """Join items into a ViewBatch; views are padded at the bottom and right to the largest of the whole batch."""
-    x, _, boxes, rois, valid, crops, index, fallback, labels = zip(*items, strict=True)
+    x, _, boxes, rois, valid, crops, index, fallback, *more = zip(*items, strict=True)
     x, mask = pad_stack([view for views in zip(*x, strict=True) for view in views])  # (V*B, 3, H0, W0), view 1's first
-    per_view = (None if f[0] is None else torch.stack(f, dim=1) for f in (boxes, rois, valid, crops, labels))
-    boxes, rois, valid, crops, labels = per_view
+    if crops[0] is not None:
+        crops = [crop.movedim(2, -1) for crop in crops]  # as they lie in memory: a plain copy
+    per_view = (None if f[0] is None else torch.stack(f, dim=1) for f in (boxes, rois, valid, crops, *more))
+    boxes, rois, valid, crops, *more = per_view
+    crops = None if crops is None else crops.movedim(-1, 3)
     x, mask = (field.unflatten(0, (len(boxes), -1)) for field in (x, mask))
-    return ViewBatch(x, mask, boxes, rois, valid, crops, torch.tensor(index), torch.tensor(fallback), labels)
+    return ViewBatch(x, mask, boxes, rois, valid, crops, torch.tensor(index), torch.tensor(fallback), *more)
 
 
 def scaled(recipe, resolution=None):
@@ -284,52 +312,35 @@ def row(*values):  # (1, 4) of four values, or of (x, y) twice
 
 # ---------------------------------------------------------------- pixels
 def cut(image, rect, frame, size):
-    """Cut `rect`, in coordinates in which the image measures `frame`, and resize it to `size`: a PIL image.
+    """Cut `rect`, in coordinates in which the (h, w, 3) uint8 image measures `frame`, and resize it to `size` (w, h).
 
-    One antialiased bilinear pass from source to view: PIL takes fractions, so pixels lie exactly where boxes say.
+    One bilinear pass from source to view, through fractions of pixels, so that they lie exactly where boxes say. Up to
+    3-fold shrinking, a Gaussian as wide as the difference of the filters stands for PIL's antialiasing (ours: speed).
     """
-    box = [value * side / unit for value, side, unit in zip(rect, image.size * 2, frame * 2, strict=True)]
-    return image.resize(size, Image.Resampling.BILINEAR, box=box, reducing_gap=3.0)
+    units = zip(rect, image.shape[1::-1] * 2, frame * 2, strict=True)
+    x0, y0, x1, y1 = (value * side / unit for value, side, unit in units)
+    left, top = max(int(x0) - 2, 0), max(int(y0) - 2, 0)  # what the filters read
+    part = image[top : math.ceil(y1) + 2, left : math.ceil(x1) + 2]
+    x0, y0, x1, y1 = x0 - left, y0 - top, x1 - left, y1 - top
+    steps = (x1 - x0) / size[0], (y1 - y0) / size[1]
+    if max(steps) > 3:
+        resized = Image.fromarray(part).resize(size, Image.Resampling.BILINEAR, (x0, y0, x1, y1), reducing_gap=3.0)
+        return np.asarray(resized)
+    if max(steps) > 1:
+        sigmas = (math.sqrt(max(step**2 - 1, 1e-6) / 6) for step in steps)  # a triangle of half-width s has s^2 / 6
+        part = cv2.GaussianBlur(part, (0, 0), *sigmas, borderType=cv2.BORDER_REPLICATE)
+    part = cv2.cvtColor(part, cv2.COLOR_RGB2RGBA)  # OpenCV warps four channels in half the time of three
+    matrix = np.array([[steps[0], 0, x0 + (steps[0] - 1) / 2], [0, steps[1], y0 + (steps[1] - 1) / 2]])
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    resized = cv2.warpAffine(part, matrix, size, flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    return cv2.cvtColor(resized, cv2.COLOR_RGBA2RGB)
 
 
 def stack_images(images, g=None):
-    """Nested list of PIL images -> (..., 3, h, w) uint8, each with its colours changed by a draw of its own from g."""
-    images = np.stack(images)  # (..., h, w, 3)
-    flat = images.reshape(-1, *images.shape[-3:])
-    for i, colour in enumerate(draw_colour(g, len(flat)).tolist() if g else ()):
-        flat[i] = change_colour(flat[i], colour)
-    return torch.from_numpy(images).movedim(-1, -3)
-
-
-def draw_colour(g, count):
-    """Draw `count` colour changes as SimSiam does: (count, 11), a row per call of `change_colour`."""
-    u = torch.rand(count, 12, generator=g, dtype=torch.float64)
-    jitter, gray = u[:, :1] < 0.8, u[:, 9:10] < 0.2
-    factors, hue = 0.6 + 0.8 * u[:, 1:4], 0.2 * u[:, 4:5] - 0.1  # of brightness, contrast, saturation; of the circle
-    order = u[:, 5:9].argsort(dim=1)  # in which these four act
-    sigma = torch.where(u[:, 10:11] < 0.5, 0.1 + 1.9 * u[:, 11:12], 0.0)  # in pixels, 0 = no blur
-    return torch.cat([jitter, factors, hue, order, gray, sigma], dim=1)
-
-
-def change_colour(image, colour):
-    """Apply a row of `draw_colour` to (h, w, 3) uint8, by OpenCV: 0.6 grey levels from PIL (blur, hue rounding)."""
-    jitter, brightness, contrast, saturation, hue, *order, gray, sigma = colour
-    for step in order if jitter else ():
-        factor = (brightness, contrast, saturation, hue)[int(step)]
-        if step == 3:
-            hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
-            hsv[..., 0] += np.uint8(int(factor * 255) % 256)  # wraps: the hue is a circle of 256 steps
-            image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
-            continue
-        affine = factor * np.eye(3, 4)  # factor * image + (1 - factor) * (black | its mean grey | its grey)
-        affine[:, 3] = -0.5  # OpenCV rounds, PIL truncates
-        if step == 1:
-            affine[:, 3] += (1 - factor) * (LUMA @ cv2.mean(image)[:3])
-        elif step == 2:
-            affine[:, :3] += (1 - factor) * LUMA
-        image = cv2.transform(image, affine)
-    image = cv2.transform(image, np.tile(LUMA, (3, 1))) if gray else image
-    return cv2.GaussianBlur(image, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE) if sigma else image
+    """List of (h, w, 3) uint8 -> (len, 3, h, w), each with its colours changed by a draw of its own from g."""
+    if g is not None:
+        images = [change_colour(*pair) for pair in zip(images, draw_colour(g, len(images)).tolist(), strict=True)]
+    return torch.from_numpy(np.stack(images)).movedim(-1, -3)  # channels last in memory, as convolutions like it
 
 
 def main():

@@ -51,7 +51,7 @@ def construct(photo):
     overlap = max(a0, b0), max(a1, b1), min(a2, b2), min(a3, b3)
     regions, _ = choose_regions(proposals, overlap, 10, g, 0.5)
     size = outer[2] - outer[0], outer[3] - outer[1]
-    x = stack_images([cut(photo, rect, base, size) for rect in rects], g)  # (2, 3, h, w)
+    x = stack_images([cut(np.asarray(photo), rect, base, size) for rect in rects], g)  # (2, 3, h, w)
     boxes = torch.stack([map_boxes(regions, rect, UNIT) for rect in rects])
     boxes = torch.cat([(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]], -1)  # cxcywh
     shown = [0, *(i + 1 for i in plots.far_apart(regions[1:].numpy(), 2))]

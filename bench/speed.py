@@ -10,11 +10,15 @@ import argparse
 
 import torch
 
-from bench import operator, training
+from bench import loading, operator, peers, scaling, training
 
 COMMANDS = {  # name: what measures it, its own flags, one line about it
+    "data": (loading.data, loading.add_data_flags, "samples of the loader against the released order in PIL"),
+    "proposals": (loading.boxes, loading.add_proposal_flags, "object proposals, and the start with ImageNet's cache"),
     "ops": (operator.ops, operator.add_flags, "deformable attention against grid_sample and the PyPI peer"),
     "step": (training.step, training.add_flags, "the pretraining step against the released code's habits"),
+    "finetune": (peers.finetune_step, peers.add_flags, "the fine-tuning step against Hugging Face transformers"),
+    "scaling": (scaling.scaling, scaling.add_flags, "two processes against one"),
 }
 
 

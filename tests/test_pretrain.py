@@ -258,12 +258,12 @@ sys.exit(pretrain.main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("flags", "steps", "tolerance"), [(["--no-global"], 6, 1e-4), ([], 2, 1e-3)])
-def test_two_processes_train_as_one(photos, tmp_path, flags, steps, tolerance):
-    """The same total batch gives the same losses and gradient: normalisers and batch norm span the ranks.
+def test_two_processes_train_as_one(photos, tmp_path):
+    """The same total batch gives the same losses and gradient in float32 too: normalisers span the ranks.
 
-    All views have one size here; otherwise a batch's padding, which convolutions see, depends on who is in it. Only two
-    steps with the global head: its batch norm over four nearly equal images amplifies the rounding of float32.
+    All views have one size here; otherwise a batch's padding, which convolutions see, depends on who is in it. Without
+    the global head, whose batch norm over four nearly equal images amplifies rounding; test_faults.py has it, and all
+    methods, in double precision.
     """
     square, script = tmp_path / "square", tmp_path / "one_size.py"
     square.mkdir()
@@ -272,14 +272,14 @@ def test_two_processes_train_as_one(photos, tmp_path, flags, steps, tolerance):
         Image.open(path).resize((96, 96)).save(square / path.name)
     root = Path(__file__).parents[1]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    flags = ["--data", str(square), *TINY, *flags]
+    flags = ["--data", str(square), *TINY, "--no-global"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for name, start in {"one": [], "two": torchrun}.items():
         command = [sys.executable, *start, str(script), *flags, "--out", str(tmp_path / name)]
         subprocess.run(command, check=True, env=env, cwd=root)
     a, b = (log(tmp_path / name) for name in ("one", "two"))
-    compared = [(x, y) for x, y in zip(a, b, strict=True) if "loss" in x and x["step"] <= steps]
-    assert len(compared) == steps
+    compared = [(x, y) for x, y in zip(a, b, strict=True) if "loss" in x and x["step"] <= 6]
+    assert len(compared) == 6
     for x, y in compared:
         for key in {"loss", "class", "l1", "giou", "region", "global", "grad_norm"} & x.keys():
-            assert x[key] == pytest.approx(y[key], rel=tolerance), (x["step"], key)
+            assert x[key] == pytest.approx(y[key], rel=1e-4), (x["step"], key)

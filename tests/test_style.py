@@ -16,13 +16,14 @@ MAY_IMPORT = {  # at module level; scripts may import any library file
     "data": set(), "losses": set(), "runtime": set(), "plots": set(), "formats": set(), "detectors": {"ops"},
     "convert": {"model", "formats"},
     "model": {"detectors"}, "toyset": {"data"}, "clusters": {"convert", "data", "model"},
-    "views": {"data", "proposals"}, "proposals": {"data"},
+    "colour": set(), "views": {"colour", "data", "proposals"}, "proposals": {"data"},
 }  # fmt: skip
 
 
 BUDGET = {  # lines; a file that outgrows its own loses something first, or this table says in a commit why not
-    "clusters": 75, "convert": 480, "data": 530, "detectors": 440, "finetune": 580, "formats": 510, "losses": 260,
-    "model": 720, "plots": 330, "pretrain": 440, "proposals": 500, "runtime": 370, "toyset": 130, "views": 370,
+    "clusters": 75, "colour": 105, "convert": 480, "data": 530, "detectors": 440, "finetune": 580, "formats": 510,
+    "losses": 260, "model": 720, "plots": 360, "pretrain": 440, "proposals": 520, "runtime": 370, "toyset": 130,
+    "views": 380,
 }  # fmt: skip
 
 
@@ -79,10 +80,10 @@ def test_nothing_is_left_over_and_nothing_unpickles(path):
 
 
 @pytest.mark.parametrize("script", [pretrain, finetune], ids=lambda script: script.__name__)
-def test_every_flag_is_read_and_there_are_at_most_45(script):
+def test_every_flag_is_read_and_there_are_at_most_46(script):
     text = (ROOT / f"{script.__name__}.py").read_text()
     flags = re.findall(r'(?:add|add_argument)\(\s*"--([a-z0-9-]+)"', text)
-    assert 20 < len(flags) <= 45 and len(set(flags)) == len(flags)
+    assert 20 < len(flags) <= 46 and len(set(flags)) == len(flags)
     outside = [node for node in ast.parse(text).body if getattr(node, "name", "") != "parse_args"]
     read = set()  # attributes and words of constants anywhere but in the parser
     for node in (inner for outer in outside for inner in ast.walk(outer)):

@@ -5,15 +5,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-import torchvision.transforms.functional as tv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.cbook import get_sample_data
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.ops import box_convert, box_iou
 
 import views
+from bench.loading import pil_colour
 from data import ImageList, resize_size, stream
 from views import ViewDataset, choose_regions, collate_views, diagonal_pair, draw_colour, map_boxes, two_rectangles
 
@@ -366,17 +366,6 @@ def test_boxes_follow_exif_rotation(tmp_path):
     item = next(i for i in (ViewDataset(images, Fixed([shown]), num_regions=2, augment=False)[e, 0] for e in range(50))
                 if i.boxes[0, 1, 2:].min() > 0.15)  # fmt: skip
     assert item.crops[:, 1, :, 8:-8, 8:-8].min() > 200  # B10
-
-
-def pil_colour(image, colour):
-    """The same changes by torchvision on PIL, as the released code makes them."""
-    jitter, brightness, contrast, saturation, hue, *order, gray, sigma = colour
-    steps = [lambda i: tv.adjust_brightness(i, brightness), lambda i: tv.adjust_contrast(i, contrast),
-             lambda i: tv.adjust_saturation(i, saturation), lambda i: tv.adjust_hue(i, hue)]  # fmt: skip
-    for step in order if jitter else ():
-        image = steps[int(step)](image)
-    image = tv.rgb_to_grayscale(image, 3) if gray else image
-    return image.filter(ImageFilter.GaussianBlur(sigma)) if sigma else image
 
 
 def test_change_colour_agrees_with_pil():
