@@ -1,0 +1,337 @@
+"""Tables and pictures of bench/transfer.py, made of its results file alone.
+
+`report` gives the README's text, `publish` puts it between the README's markers and draws docs/transfer-*.png. A row's
+fine-tunings are compared, seed by seed, with those of the same detector from scratch, on the same share of the labels.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+import convert
+import data
+import finetune
+import plots
+from bench import transfer_numbers as numbers
+from bench.figures import shrink
+from bench.transfer_numbers import at_epoch, cells, interval, minus
+from bench.transfer_study import STUDY
+from detectors import cross_attention
+from model import build_detector
+from proposals import Cache
+
+BEGIN, END = "<!-- transfer:begin -->", "<!-- transfer:end -->"
+TITLES = {
+    "1": "**Methods** (Tables 1 and 2 in miniature).",
+    "1m": "**Methods, Deformable multi-scale.**",
+    "1b": "**Other detectors, more queries, fewer labels.** `--fraction` with as many more epochs: as many steps.",
+    "2": "**Pretext tasks and proposals** (Tables 3 and 4 in miniature).",
+    "6": "**Switches beyond the paper.**",
+}
+MAIN = {"2": "(e) R-C + G", "6": "as it is"}  # the row that a question's other rows are held against
+IOUS = [50, 55, 60, 65, 70, 75, 80, 85, 90, 95]
+
+
+class Row:
+    """A row's finished runs: `runs` the fine-tunings, `pre` the pretrainings, `scratch` what it is held against."""
+
+    def __init__(self, lines, question, name):
+        own = [line for line in lines if [question, name] in line["rows"]]
+        best = {line["key"]: line["lr"] for line in numbers.best_rates(lines)}
+        self.name, self.pre = name, [line for line in own if line["kind"] == "pretrain"]
+        self.runs = [r for r in own if r["kind"] == "finetune" and r["lr"] == best.get(r["key"], r["lr"])]
+        self.method = own[0]["method"]
+        alike = ("model", "fraction", "length")
+        self.scratch = [r for r in lines if self.runs and r["kind"] == "finetune" and r["method"] == "scratch"
+                        and r["lr"] == best.get(r["key"], r["lr"])
+                        and all(r[key] == self.runs[0][key] for key in alike)]  # fmt: skip
+
+    @property
+    def label(self):
+        """The name, with a mark where held-out regions are not found: such a run is Siamese DETR by name only."""
+        unused = [p for p in self.pre if "iou_gain" in p and p["iou_gain"] <= p.get("iou_gain_95", 0)]
+        return self.name + (" (regions **not used**)" if unused else "")
+
+    def values(self, value):
+        """(mean, low, high) of a number of the runs, in percent."""
+        return percent(interval(cells(self.runs, value)))
+
+    def gain(self, value, against=None):
+        """The same of its paired difference to from scratch, or to another row."""
+        pairs = minus(cells(self.runs, value), cells(self.scratch if against is None else against.runs, value))
+        return percent(interval(pairs)) if pairs else None
+
+
+def main_rows(lines):
+    return [row for question in ("1", "1m") for row in rows_of(lines, question) if row.runs]
+
+
+def percent(found):
+    return tuple(None if x is None else 100 * x for x in found)
+
+
+def rows_of(lines, question):
+    """A question's rows that have runs, in the order of STUDY."""
+    names = dict.fromkeys(name for line in lines if line["kind"] != "rate" for q, name in line["rows"] if q == question)
+    order = {name: place for place, name in enumerate(STUDY[question][1])}
+    return [Row(lines, question, name) for name in sorted(names, key=lambda name: order.get(name, len(order)))]
+
+
+def metric(key):
+    return lambda line: line[key] if line[key] > -1 else float("nan")
+
+
+# ---------------------------------------------------------------- the text
+
+
+def report(lines):
+    """Markdown of all questions that the lines answer."""
+    parts = [facts(lines)]
+    for question, title in TITLES.items():
+        rows = [row for row in rows_of(lines, question) if row.runs]
+        if rows:
+            parts += [title, results(rows, next((row for row in rows if row.name == MAIN.get(question)), None))]
+    methods = main_rows(lines)
+    if methods:
+        parts += [
+            "**How fast** (Figure 6): epochs until half and all of what from scratch has at the end, and AP after 10 % "
+            f"of the schedule ({methods[0].runs[0]['length'][0] / 10:g} epochs).", convergence(methods),
+            "**How tight** (Figure 4): AP from scratch and what pretraining adds, by IoU threshold and size of the "
+            "object. The last column: does the gain grow from IoU 0.50 to 0.75?", by_threshold(methods)]  # fmt: skip
+    pre = [row for question in ("5", "1", "1m", "2", "6") for row in rows_of(lines, question) if row.pre]
+    if pre:
+        parts += ["**Before any fine-tuning** (Figure 5): does a query find its region (held-out views; pretraining "
+                  "seed 0), and what share of the labelled objects is in the detector's boxes, whatever their class?",
+                  before(pre)]  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def facts(lines):
+    """What was run, where, at what cost."""
+    rates = numbers.best_rates(lines)
+    hours, commits = sum(line["cpu_seconds"] for line in lines) / 3600, sorted({str(line["commit"]) for line in lines})
+    kinds = {kind: sum(line["kind"] == kind for line in lines) for kind in ("pretrain", "finetune", "rate")}
+    done, machines = max(line["date"] for line in lines), sorted({line["machine"] for line in lines})
+    text = f"""{kinds["pretrain"]} pretrainings, {kinds["finetune"]} fine-tunings, {kinds["rate"]} runs to choose
+learning rates: {hours:.1f} CPU-hours, one thread a run, {"; ".join(machines)}, until {done}, commit
+{", ".join(commits)}.
+All numbers: MobileNetV2 with *supervised ImageNet weights*, frozen, where the paper uses SwAV's ResNet-50. Intervals
+are 95 %, by bootstrap clustered on the pretraining seed; with one pretraining they cover fine-tuning seeds only, and
+with three runs they hold the truth in about four of five cases. `n x m`: pretraining by fine-tuning seeds, the same
+fine-tuning seeds in all rows. """
+    if rates:
+        text += "Learning rates were chosen for each row of Methods on a fifth of the training images, at half length."
+    else:
+        text += "The learning rate of fine-tuning was not tuned."
+    return re.sub(r" +\n", "\n", text).strip()
+
+
+def results(rows, main):
+    """AP, and its difference to from scratch and to the main row."""
+    head = ["", "n x m", "lr", "AP", "AP50", "AP75", "AP - scratch", "AP50 - scratch", "AP75 - scratch"]
+    head += [f"AP - {main.name}"] if main else []
+    table = []
+    for row in rows:
+        seeds = [len({r[key] for r in row.runs}) for key in ("pre_seed", "seed")]
+        cell = [row.label, f"{seeds[0] if row.pre else '-'} x {seeds[1]}", row.runs[0]["lr"]]
+        cell += [number(row.values(metric(key))[0]) for key in ("AP", "AP50", "AP75")]
+        pretrained = row.method != "scratch"
+        cell += [with_interval(row.gain(metric(k)) if pretrained else None) for k in ("AP", "AP50", "AP75")]
+        cell += [with_interval(row.gain(metric("AP"), main) if row is not main else None)] if main else []
+        table.append(cell)
+    text = markdown(head, table)
+    for row in [row for row in rows if row.method == "siamese"] if main is None else ():
+        others = [r for r in rows if r.method in ("updetr", "detreg") and r.runs[0]["model"] == row.runs[0]["model"]]
+        for other in others:
+            gain = row.gain(metric("AP"), other)
+            if gain:
+                text += f"\n\n{row.name} minus {other.name}: AP {with_interval(gain)}."
+    return text
+
+
+def convergence(rows):
+    table = []
+    for row in rows:
+        if not row.scratch:
+            continue
+        goal = np.mean([line["AP"] for line in row.scratch])
+        epochs = row.runs[0]["curve"]["epoch"]
+        mean = np.mean([r["curve"]["AP"] for r in row.runs], 0)
+        until = [numbers.epochs_until(epochs, mean, share * goal) for share in (0.5, 1)]
+        early = 0.1 * row.runs[0]["length"][0]
+        gain = row.gain(lambda line, early=early: at_epoch(line, early)) if row.method != "scratch" else None
+        cell = ["not reached" if epoch is None else f"{epoch:.1f}" for epoch in until]
+        early = row.values(lambda line, early=early: at_epoch(line, early))[0]
+        table.append([row.label, *cell, number(early), with_interval(gain)])
+    return markdown(["", "half", "all", "AP after 10 %", "- scratch"], table)
+
+
+def by_threshold(rows):
+    """AP of from scratch, then gains, by threshold; a line a size of object that the set has."""
+    table = []
+    for row in rows:
+        gains = row.method != "scratch"
+        for size in numbers.SIZES:
+            if any(value is None for r in row.runs for value in r["grid"][size]) or (gains and not row.scratch):
+                continue
+            numbers_of = [lambda line, t=t, size=size: line["grid"][size][t] for t in range(10)]
+            cell = [(row.gain(of) if gains else row.values(of))[0] for of in numbers_of]
+            cell = [f"{value:+.1f}" if gains else number(value) for value in cell]
+            slope = row.gain(lambda r, size=size: r["grid"][size][5] - r["grid"][size][0]) if gains else None
+            table.append([row.label, size, *cell, with_interval(slope)])
+    return markdown(["", "objects", *(f".{t}" for t in IOUS), ".75 - .50"], table)
+
+
+def before(rows):
+    table, seen = [], set()
+    for row in rows:
+        line = min(row.pre, key=lambda line: line["seed"])
+        if line["run"] not in seen:
+            seen.add(line["run"])
+            parts = [
+                f"{line[k]:.3f} +- {line.get(f'{k}_95', 0):.3f}" if k in line else "-" for k in ("iou_gain", "cos_gain")
+            ]
+            group = f"{line['own_group']:.2f}" if "own_group" in line else "-"
+            values = line["before"]
+            recall = [number(None if values[k] is None else 100 * values[k])
+                      for k in ("AR all", "recall50", *(f"AR {size}" for size in numbers.SIZES[1:]))]  # fmt: skip
+            table.append([row.label, *parts, group, *recall])
+    return markdown(["", "IoU gain", "cosine gain", "own group", "AR@100", "recall at 0.5", "ARs", "ARm", "ARl"], table)
+
+
+def number(x):
+    return "-" if x is None or np.isnan(x) else f"{x:.1f}"
+
+
+def with_interval(found):
+    if found is None or np.isnan(found[0]):
+        return "-"
+    mean, low, high = found
+    return f"{mean:+.1f}" if low is None else f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def markdown(head, rows):
+    lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- pictures, and the README
+
+
+def publish(lines, runs, root, readme, fill_readme=True):
+    """Draw the pictures in root/docs and write the text: into the README, or beside them -> the text to print."""
+    text = report(lines)
+    drawn = pictures(lines, Path(runs), Path(root) / "docs")
+    for path in drawn:
+        shrink(path)
+    shown = "\n".join(f"![{path.stem.replace('-', ' ')}]({path.relative_to(root)})" for path in drawn)
+    text = f"{text}\n\n{shown}".strip()
+    if not fill_readme:
+        (Path(root) / "transfer.md").write_text(text + "\n")
+    elif BEGIN in readme.read_text():
+        readme.write_text(filled(readme.read_text(), text))
+    else:
+        text += f"\n\n({readme} has no {BEGIN}, {END}: left as it is)"
+    return text
+
+
+def filled(readme, text):
+    """The README with `text` between the markers."""
+    head, rest = readme.split(BEGIN, 1)
+    return f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.split(END, 1)[1]}"
+
+
+def pictures(lines, runs, out):
+    """All that the lines allow, and what needs the weights of seed 0 where `runs` has them -> paths."""
+    drawn, methods = [], main_rows(lines)
+    detectors = dict.fromkeys(row.name.rsplit(", ", 1)[0] for row in methods)
+    of = {name: {row.name.rsplit(", ", 1)[1]: row for row in methods if row.name.startswith(f"{name}, ")}
+          for name in detectors}  # fmt: skip
+    if methods:
+        curves = {name: {label: curve(row) for label, row in rows.items()} for name, rows in of.items()}
+        drawn.append(plots.save_bands(out / "transfer-convergence.png", curves, "epoch", "AP on unseen photographs"))
+        by_iou = {name: {label: [(t / 100, *row.values(lambda r, i=i: r["grid"]["all"][i])) for i, t in enumerate(IOUS)]
+                         for label, row in rows.items()} for name, rows in of.items()}  # fmt: skip
+        drawn.append(plots.save_bands(out / "transfer-iou.png", by_iou, "IoU threshold", "AP at the end"))
+    for question in TITLES:
+        bars = {
+            row.name: row.gain(metric("AP")) for row in rows_of(lines, question) if row.runs and row.method != "scratch"
+        }
+        bars = {name: bar for name, bar in bars.items() if bar}
+        if bars:
+            path = out / f"transfer-question{question}.png"
+            drawn.append(plots.save_bars(path, bars, "AP minus from scratch, 95 % interval"))
+    looked = {row.name.rsplit(", ", 1)[-1]: runs / line["run"] for q in ("5", "1") for row in rows_of(lines, q)
+              for line in row.pre if line["seed"] == 0 and "--variant conditional" in line["model"]}  # fmt: skip
+    looked = {name: folder for name, folder in looked.items() if (folder / "boxes" / "meta.json").exists()}
+    if looked:
+        drawn.append(save_before(out / "transfer-before.png", looked))
+    return drawn + save_detections(out / "transfer-detections.png", of, runs)
+
+
+def curve(row):
+    epochs = row.runs[0]["curve"]["epoch"]
+    return [(epoch, *row.values(lambda line, i=i: line["curve"]["AP"][i])) for i, epoch in enumerate(epochs)]
+
+
+def save_before(path, folders, photographs=3):
+    """A column a method: its five best boxes before fine-tuning, and where the best one's query looked (all heads)."""
+    images, titles, boxes, maps = [], [], [], []
+    for i in range(photographs):
+        for name, folder in folders.items():
+            cache = Cache(folder / "boxes")
+            image = data.load_image(Path(cache.meta["root"]) / cache.paths[i])
+            maps.append(attention(max(folder.glob("step-*.pt"), default=None), image))
+            images.append(np.asarray(image))
+            boxes.append(cache.boxes(i)[:5])
+            titles.append(name if i == 0 else "")
+    fig, axes = plots.panels(images, columns=len(folders))
+    for ax, title, box, seen in zip(axes, titles, boxes, maps, strict=True):
+        if seen is not None:
+            left, right, bottom, top = ax.images[0].get_extent()
+            ax.imshow(seen, cmap="inferno", alpha=0.55, extent=(left, right, bottom, top), interpolation="bilinear")
+        plots.draw(ax, box, None)
+        ax.set_title(title)
+    return plots.write(fig, path)
+
+
+def attention(checkpoint, image):
+    """Cross-attention (H, W) of the last layer, heads averaged, of the query that is surest of an object."""
+    if checkpoint is None:
+        return None
+    tensors, meta = convert.read_weights(checkpoint)
+    detector = build_detector(**meta["build"])
+    outputs = next(len(v) for name, v in tensors.items() if re.fullmatch(r"class_embed\.(\d+\.)?bias", name))
+    detector.pretext_heads(outputs)
+    detector.load_state_dict(tensors)
+    detector.eval().resolution = 256
+    found = []
+    weights = cross_attention(detector, lambda: found.append(finetune.look_at(detector, image)))
+    logits = found[0].logits[-1, 0].float()
+    score = logits.sigmoid().amax(-1) if meta["method"] == "detreg" else logits.softmax(-1)[:, 1:-1].sum(-1)
+    w, h = data.resize_size(*image.size, 256, round(256 * 1333 / 800))
+    stride = detector.strides[0]
+    return weights[0, :, score.argmax()].mean(0).reshape(-(-h // stride), -(-w // stride)).numpy()
+
+
+def save_detections(path, of, runs, photographs=3):
+    """The same photographs after fine-tuning, from scratch and pretrained, where seed 0's weights are still there."""
+    weights = {label: max((runs / row.runs[0]["run"]).glob("step-*.pt"), default=None)
+               for label, row in next(iter(of.values()), {}).items()}  # fmt: skip
+    weights = {label: file for label, file in weights.items() if file}
+    if not weights:
+        return []
+    models = {label: finetune.load_detector(file) for label, file in weights.items()}
+    settings = next(iter(of.values()))[next(iter(weights))].runs[0]["settings"]
+    photos = data.list_images(settings["val"][0])
+    images = [data.load_image(photos.root / name) for name in photos.paths[:photographs]]
+    fig, axes = plots.panels([np.asarray(im) for im in images for _ in models], columns=len(models))
+    for ax, (image, (label, model)) in zip(axes, [(im, m) for im in images for m in models.items()], strict=True):
+        found = finetune.detect(*model, image, 0.3)
+        names = sorted({row[0] for row in found})
+        colours = [plots.colour_of(names.index(row[0])) for row in found]
+        boxes = np.array([row[2] for row in found]).reshape(-1, 4)
+        plots.draw(ax, boxes, [f"{row[0]} {row[1]:.2f}" for row in found], colours=colours)
+        ax.set_title(label if image is images[0] else "")
+    return [plots.write(fig, path)]

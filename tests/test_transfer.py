@@ -1,0 +1,352 @@
+"""The study of bench/transfer.py: its intervals, its order, its numbers, and that README and stored results agree."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+
+import data
+import finetune
+import plots
+import pretrain
+from bench import transfer, transfer_report
+from bench import transfer_numbers as numbers
+from bench import transfer_study as study
+from proposals import write_cache
+from toyset import write_toy
+
+ROOT = Path(__file__).parents[1]
+
+
+def settings(*flags):
+    return transfer.parse_args(list(flags))
+
+
+# ---------------------------------------------------------------- intervals
+
+
+def simulated(g, pre, seeds, between, shared, gain=0.0):
+    """Differences of `pre` pretrainings with `seeds` fine-tunings each, of which `shared` comes from scratch's run."""
+    x = gain + between * g.normal(size=(pre, 1)) + shared * g.normal(size=(1, seeds)) + g.normal(size=(pre, seeds))
+    return {(p, s): x[p, s] for p in range(pre) for s in range(seeds)}
+
+
+@pytest.mark.parametrize("pre, between, shared", [(2, 0.0, 0.0), (2, 0.5, 0.0), (2, 0.5, 1.0), (4, 1.0, 1.0)])
+def test_interval_covers_the_truth_as_often_as_it_says(pre, between, shared):
+    g, inside, studies = np.random.default_rng(0), 0, 300
+    for i in range(studies):
+        _, low, high = numbers.interval(simulated(g, pre, 5, between, shared, gain=3.0), draws=400, seed=i)
+        inside += low <= 3 <= high
+    assert 0.88 <= inside / studies <= 0.995  # 95 % is meant; 300 studies show it to +- 2.5 %
+
+
+def test_interval_clustered_on_pretraining_is_wider_than_one_that_takes_runs_as_independent():
+    g = np.random.default_rng(1)
+    for _ in range(20):
+        x = simulated(g, 3, 5, between=2.0, shared=0.0)
+        _, low, high = numbers.interval(x)
+        _, naive_low, naive_high = numbers.interval({(0, i): value for i, value in enumerate(x.values())})
+        if np.std([np.mean([x[p, s] for s in range(5)]) for p in range(3)]) > 1:
+            assert high - low > 1.3 * (naive_high - naive_low)
+
+
+def test_interval_is_around_the_mean_shifts_and_scales_with_the_data():
+    x = simulated(np.random.default_rng(2), 2, 5, 0.5, 0.5)
+    mean, low, high = numbers.interval(x)
+    assert low < mean < high and mean == pytest.approx(np.mean(list(x.values())))
+    np.testing.assert_allclose(numbers.interval({k: 3 * v - 7 for k, v in x.items()}),
+                               [3 * mean - 7, 3 * low - 7, 3 * high - 7])  # fmt: skip
+    assert numbers.interval({k: 4.0 for k in x}) == pytest.approx((4, 4, 4))
+
+
+def test_interval_of_a_study_that_was_cut_off_takes_what_all_pretrainings_have():
+    x = simulated(np.random.default_rng(3), 2, 3, 0.5, 0.5)
+    assert numbers.interval({**x, (0, 3): 99.0}) == numbers.interval(x)
+    assert numbers.interval({(0, 0): 2.0}) == (2.0, None, None)
+    assert numbers.interval({(0, 0): 2.0, (1, 1): 5.0})[0] == 2.0  # no seed in common: the first pretraining
+
+
+def test_differences_are_paired_by_seed_and_scratch_serves_every_pretraining():
+    pretrained, scratch = {(0, 0): 5.0, (1, 0): 6.0, (0, 1): 9.0, (0, 2): 1.0}, {(0, 0): 1.0, (0, 1): 2.0}
+    assert numbers.minus(pretrained, scratch) == {(0, 0): 4.0, (1, 0): 5.0, (0, 1): 7.0}
+    other = {(0, 0): 1.0, (1, 0): 3.0}
+    assert numbers.minus(pretrained, other) == {(0, 0): 4.0, (1, 0): 3.0}
+
+
+def test_epochs_until_and_ap_between_evaluations_lie_on_the_curve():
+    epochs, values = [2, 4, 6], [0.0, 0.2, 0.1]
+    assert numbers.epochs_until(epochs, values, 0.1) == pytest.approx(3)
+    assert numbers.epochs_until(epochs, values, 0.2) == pytest.approx(4)
+    assert numbers.epochs_until(epochs, values, 0.21) is None and numbers.epochs_until([3], [0.3], 0.1) == 1
+    line = {"curve": {"epoch": epochs, "AP": values}}
+    assert [numbers.at_epoch(line, e) for e in (1, 3, 5)] == pytest.approx([0, 0.1, 0.15])
+
+
+# ---------------------------------------------------------------- what is run, and in which order
+
+
+@pytest.mark.parametrize("questions", [["1"], ["1", "1m", "2", "6"]])
+def test_a_study_that_is_cut_off_is_balanced_and_pretraining_comes_first(questions):
+    runs, rows = study.plan(settings("--questions", *questions), {})
+    assert len({run.name for run in runs}) == len(runs) and set(rows) == {run.name for run in runs}
+    done, counts = set(), {}
+    for run in runs:
+        assert run.init is None or run.init in done
+        done.add(run.name)
+        if run.kind == "finetune":
+            for row in map(tuple, rows[run.name]):
+                counts.setdefault(row, []).append((run.seed, run.pre_seed))
+    for row, seeds in counts.items():
+        (pre, tune), arms = study.STUDY[row[0]]
+        want = [(s, p) for s in range(tune) for p in range(pre if arms[row[1]].pre else 1)]
+        assert set(want) <= set(seeds) and seeds == sorted(seeds)
+    first = [run for run in runs if run.kind == "finetune" and (run.pre_seed, run.seed) == (0, 0)]
+    place = [runs.index(run) for run in first]
+    assert max(place) < min(i for i, run in enumerate(runs) if (run.pre_seed, run.seed) != (0, 0))
+
+
+def test_question_1_has_the_runs_that_the_budget_counts_on():
+    for question, pre, tune in (("1", 3 * 2, 5 + 3 * 5 * 2), ("1m", 3 * 2, 3 + 3 * 3 * 2)):
+        kinds = [run.kind for run in study.plan(settings("--questions", question), {})[0]]
+        assert kinds.count("pretrain") == pre and kinds.count("finetune") == tune
+    runs, _ = study.plan(settings("--quick"), {})
+    assert [run.kind for run in runs] == ["finetune", "pretrain", "finetune"]
+    assert sum(study.stated_minutes(run, images=64) for run in runs) < 8  # proposals and evaluation come on top
+
+
+def test_rows_of_a_seed_differ_in_nothing_but_the_start_and_the_tuned_rate():
+    rate = study.rate_key(study.Arm(study.CONDITIONAL, study.SIAMESE))
+    runs, _ = study.plan(settings(), {rate: "5e-4"})
+    assert {run.rate for run in runs if run.kind == "finetune"} == {"3e-4", "5e-4"}
+    for seed in range(5):
+        same = [run for run in runs if run.kind == "finetune" and run.seed == seed and not run.init == ""]
+        own = [re.sub(r"--lr \S+|--backbone-weights auto", "", run.flags.replace(run.arm.model, "")) for run in same]
+        assert len(same) == 7 and len({" ".join(flags.split()) for flags in own}) == 1
+
+
+def test_another_setting_is_another_folder_and_the_same_run_serves_two_rows():
+    args = settings("--questions", "1", "2")
+    runs, rows = study.plan(args, {})
+    assert any(len(r) > 2 for r in rows.values())
+    for change in (
+        ["--steps", "801"],
+        ["--epochs", "31"],
+        ["--labels", "b.json"],
+        ["--data", "b"],
+        ["--extra=--amp"],
+    ):
+        others = {run.name for run in study.plan(settings("--questions", "1", "2", *change), {})[0]}
+        changed = {run.name for run in runs} - others
+        assert changed and (change[0] in ("--epochs", "--labels") or any("pretrain" in name for name in changed))
+
+
+def test_every_flag_of_the_study_is_one_of_the_scripts():
+    runs, _ = study.plan(settings("--questions", *study.STUDY), {})
+    runs += study.plan(settings("--questions", *study.STUDY), {}, tune=True)[0]
+    places = dict.fromkeys([*study.NEEDS, "data", "labels", "val", "split", "out", "siamese"], "x")
+    for run in runs:
+        flags = [*run.flags.format_map(places).split(), "--out", "x", *(["--init", "x"] if run.init else [])]
+        args = (pretrain if run.kind == "pretrain" else finetune).parse_args(flags)
+        assert args.seed == run.seed and (run.kind != "pretrain" or args.num_regions == 10)
+        assert run.kind == "pretrain" or args.drop_epoch < args.epochs
+
+
+def test_rates_are_tried_once_a_detector_and_method_on_a_split_of_the_training_images():
+    args = settings("--questions", "1", "1m", "2", "--tune")
+    runs, _ = study.plan(args, {}, tune=True)
+    tried = [run for run in runs if run.kind == "rate"]
+    assert len(tried) == 3 * 8 and not any("{val}" in run.flags or "{labels}" in run.flags for run in tried)
+    lines = [{"kind": "rate", "key": study.rate_key(run.arm), "lr": run.rate, "AP": float(run.rate)} for run in tried]
+    chosen = {line["key"]: line["lr"] for line in numbers.best_rates(lines)}
+    assert set(chosen.values()) == {"5e-4"}
+    runs, _ = study.plan(args, chosen)
+    assert all("--lr 5e-4 " in run.flags for run in runs if run.kind == "finetune")
+
+
+def test_split_of_the_labels_has_each_image_once_and_opens_elsewhere(tmp_path):
+    toy = write_toy(tmp_path / "toy", unlabelled=1, train=10, val=1, size=64)
+    transfer.write_split(toy / "train.json", tmp_path / "runs" / "split")
+    transfer.write_split(toy / "train.json", tmp_path / "runs" / "split")  # again, as a repeated call does
+    parts = [data.read_annotations(tmp_path / "runs" / "split" / f"{name}.json") for name in ("train", "val")]
+    ids = [[image["id"] for image in part.images] for part in parts]
+    assert list(map(len, ids)) == [8, 2] and sorted(ids[0] + ids[1]) == list(range(1, 11))
+    assert parts[0].categories == parts[1].categories and len(parts[0].categories) == 6
+
+
+# ---------------------------------------------------------------- numbers of one run
+
+
+def test_grid_by_threshold_averages_to_the_scripts_ap_and_recall_of_the_truth_is_one(tmp_path):
+    toy = write_toy(tmp_path / "toy", unlabelled=1, train=1, val=8)
+    labels, g = toy / "val.json", torch.Generator().manual_seed(0)
+    found = [
+        {**box, "score": torch.rand((), generator=g).item()} for box in json.loads(labels.read_text())["annotations"]
+    ]
+    for box in found[::2]:  # half of them moved
+        box["bbox"] = [x + 3 * torch.rand((), generator=g).item() for x in box["bbox"]]
+    (tmp_path / "d.json").write_text(json.dumps(found))
+    grid = numbers.grid(labels, tmp_path / "d.json")
+    metrics, _ = finetune.evaluate(data.read_annotations(labels), found)
+    assert np.mean(grid["all"]) == pytest.approx(metrics["AP"], abs=1e-4)
+    assert grid["all"][0] == pytest.approx(metrics["AP50"], abs=1e-4) and grid["all"] == sorted(grid["all"])[::-1]
+    assert np.mean(grid["large"]) == pytest.approx(metrics["APl"], abs=1e-4)
+    (tmp_path / "d.json").write_text("[]")
+    assert set(numbers.grid(labels, tmp_path / "d.json")["all"]) == {0.0}
+    write_cache(labels, tmp_path / "gt", kind="gt")
+    assert numbers.recall_of_boxes(labels, tmp_path / "gt")["AR all"] == 1
+    write_cache(labels, tmp_path / "random", kind="random")
+    assert 0 < numbers.recall_of_boxes(labels, tmp_path / "random")["AR all"] < 0.9
+
+
+# ---------------------------------------------------------------- the report
+
+
+def stored(pre=2, seeds=3, gain=0.05):
+    """Results as a study would leave them: from scratch has 0.2 + 0.01 seed, Siamese `gain` more, UP-DETR half."""
+    runs, rows = study.plan(settings("--questions", "1", "1m", "2", "5", "--seeds", str(pre), str(seeds)), {})
+    lines = []
+    for run in runs:
+        line = {"run": run.name, "kind": run.kind, "rows": rows[run.name], "key": study.rate_key(run.arm),
+                "method": study.method(run.arm), "model": run.arm.model, "fraction": 1.0, "pre_seed": run.pre_seed,
+                "seed": run.seed, "init": run.init, "lr": run.rate, "length": study.length(run.flags), "settings": {},
+                "commit": "abc", "machine": "a machine", "date": "2026-11-22", "cpu_seconds": 60}  # fmt: skip
+        if run.kind == "pretrain":
+            line |= {"iou_gain": 0.2, "iou_gain_95": 0.02, "cos_gain": 0.1, "cos_gain_95": 0.01, "own_group": 0.5}
+            line["before"] = {"recall50": 0.5} | {
+                f"AR {size}": None if size == "small" else 0.3 for size in numbers.SIZES
+            }
+        else:
+            ap = (
+                0.2 + 0.01 * run.seed + {"scratch": 0, "updetr": gain / 2, "detreg": 0, "siamese": gain}[line["method"]]
+            )
+            ap += 0.001 * (run.pre_seed * 2 - 1) if run.init else 0
+            line |= {"AP": ap, "AP50": ap * 2, "AP75": ap}
+            line["curve"] = {"epoch": [15, 30], "AP": [ap / 2, ap], "AP50": [ap, 2 * ap], "AP75": [ap, ap]}
+            line["grid"] = {size: [None if size == "small" else ap] * 10 for size in numbers.SIZES}
+        lines.append(line)
+    return lines
+
+
+def test_report_gives_paired_gains_with_intervals_and_marks_what_does_not_use_its_regions():
+    lines = stored()
+    text = transfer_report.report(lines)
+    row = next(line for line in text.splitlines() if line.startswith("| Conditional, Siamese DETR | 2 x 3"))
+    mean, low, high = map(float, re.search(r"\| ([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\]", row).groups())
+    assert mean == 5.0 and low < 5.0 < high and high - low < 0.5  # seeds cancel, pretrainings remain
+    assert "| 26.0 |" in row and "Conditional, Siamese DETR minus Conditional, UP-DETR: AP +2.5" in text
+    assert "supervised ImageNet weights" in text and "was not tuned" in text and "not used" not in text
+    until = next(
+        line for line in text.splitlines() if line.startswith("| Conditional, Siamese DETR | ") and "x" not in line
+    )
+    assert float(until.split("|")[3]) == pytest.approx(15 + 15 * (0.21 - 0.13) / 0.13, abs=0.06)
+    for line in lines:
+        if line["method"] == "siamese" and line["kind"] == "pretrain":
+            line["iou_gain"] = 0.01
+    assert "(regions **not used**)" in transfer_report.report(lines)
+    assert all(len(set(line.count("|") for line in table.splitlines())) == 1
+               for table in transfer_report.report(lines).split("\n\n") if table.startswith("|"))  # fmt: skip
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 5, 8, 13, 40])
+def test_report_of_a_study_that_was_cut_off_is_written_all_the_same(cut, tmp_path):
+    lines = stored()[:cut]
+    assert "CPU-hours" in transfer_report.report(lines)
+    for path in transfer_report.pictures(lines, tmp_path, tmp_path / "docs"):
+        assert matplotlib.image.imread(path).std() > 0
+
+
+def test_report_takes_the_runs_of_the_tuned_rate_and_refuses_two_runs_of_a_seed():
+    lines = stored()
+    scratch = next(line for line in lines if line["method"] == "scratch")
+    old = {**scratch, "run": "old", "lr": "1e-4", "AP": 0.9}
+    with pytest.raises(ValueError, match="two runs with the seeds"):
+        transfer_report.report([*lines, old])
+    rates = [{**scratch, "run": rate, "kind": "rate", "lr": rate, "AP": ap, "rows": [["1", "x"]]}
+             for rate, ap in (("1e-4", 0.1), ("3e-4", 0.2))]  # fmt: skip
+    assert transfer_report.report([*lines, old, *rates]).count("| 21.0 |") > 0
+
+
+def test_readme_is_filled_between_its_markers_alone(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{transfer_report.BEGIN}\nold\n{transfer_report.END}\nafter\n")
+    text = transfer_report.publish(stored(), tmp_path / "runs", tmp_path, readme)
+    once = readme.read_text()
+    assert once == f"before\n{transfer_report.BEGIN}\n\n{text}\n\n{transfer_report.END}\nafter\n"
+    assert transfer_report.filled(once, text) == once
+    assert all((tmp_path / name).is_file() for name in re.findall(r"\]\((docs/[^)]+)\)", text))
+    assert "\nold\n" not in once
+
+
+def test_readme_and_stored_results_agree():
+    readme = (ROOT / "README.md").read_text()
+    if not transfer.RESULTS.exists():
+        pytest.skip("no results are stored yet: python -m bench.transfer")
+    inside = readme.split(transfer_report.BEGIN)[1].split(transfer_report.END)[0]
+    assert transfer_report.report(numbers.read(transfer.RESULTS)) in inside, "python -m bench.transfer --report"
+
+
+def test_damaged_or_missing_results_are_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="absent.jsonl holds no results"):
+        numbers.read(tmp_path / "absent.jsonl")
+    (tmp_path / "r.jsonl").write_text('{"run": 1}\n{"ru')
+    with pytest.raises(ValueError, match="r.jsonl holds no results"):
+        numbers.read(tmp_path / "r.jsonl")
+    assert numbers.read(tmp_path / "absent.jsonl", missing_ok=True) == []
+
+
+def test_lines_and_bars_show_their_intervals_and_do_without(tmp_path, monkeypatch):
+    drawn = []
+    write = plots.write
+    monkeypatch.setattr(plots, "write", lambda fig, path: (drawn.append(fig), write(fig, path))[1])
+    lines = {"a": [(1, 2.0, 1.0, 3.0), (2, 4.0, 3.0, 5.0)], "b": [(1, 2.0, None, None)]}
+    plots.save_bands(tmp_path / "b.png", {"one": lines, "two": {"a": lines["a"]}}, "epoch", "title")
+    assert [len(ax.lines) for ax in drawn[0].axes] == [2, 1]
+    assert drawn[0].axes[0].lines[0].get_xydata().tolist() == [[1, 2], [2, 4]]
+    plots.save_bars(tmp_path / "c.png", {"a": (2.0, 1.0, 3.0), "b": (-1.0, None, None)}, "AP")
+    (ax,) = drawn[1].axes
+    assert [bar.get_width() for bar in ax.patches] == [2, -1]
+    assert list(ax.lines[0].get_xdata()) == [1, 3] and len(ax.lines) == 2  # one interval, and zero
+
+
+# ---------------------------------------------------------------- the whole
+
+
+@pytest.mark.slow
+def test_study_of_two_rows_and_two_seeds_is_interrupted_goes_on_and_is_reported(tmp_path, capsys):
+    toy, out = write_toy(tmp_path / "toy", unlabelled=12, train=8, val=4, size=64), tmp_path / "runs"
+    results = tmp_path / "r.jsonl"
+    command = [sys.executable, "-m", "bench.transfer", "--data", str(toy / "unlabelled"), "--out", str(out),
+               "--labels", str(toy / "train.json"), "--val", str(toy / "val.json"), "--results", str(results),
+               "--arms", "Conditional, from", "Conditional, Siam", "--seeds", "1", "2", "--steps", "2", "--epochs", "1",
+               "--extra", "--resolution 64"]  # fmt: skip
+    begun = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while not results.exists() or results.read_text().count("\n") < 2:  # from scratch and the pretraining are done
+        assert begun.poll() is None
+        time.sleep(0.2)
+    begun.send_signal(signal.SIGTERM)
+    words, _ = begun.communicate(timeout=60)
+    first = numbers.read(results)
+    assert begun.returncode == 75 and "5 runs, 0 done, 5 to do" in words and "goes on" in words and len(first) < 5
+    handler = signal.getsignal(signal.SIGTERM)
+    assert transfer.main(command[3:]) == 0, capsys.readouterr()
+    lines = numbers.read(results)
+    assert lines[: len(first)] == first and [line["kind"] for line in lines].count("finetune") == 4 == len(lines) - 1
+    for line in lines:
+        assert line["cpu_seconds"] > 0 and line["commit"] and line["settings"]["seed"] == line["seed"]
+        assert "before" in line if line["kind"] == "pretrain" else len(line["grid"]["all"]) == 10
+    assert not list(out.glob("finetune-*-1-*/*.pt")) and list(out.glob("finetune-*-0-*/step-*.pt"))
+    capsys.readouterr()
+    assert transfer.main(command[3:]) == 0 and "5 done, 0 to do" in capsys.readouterr().out
+    assert transfer.main([*command[3:], "--report"]) == 0 and numbers.read(results) == lines
+    signal.signal(signal.SIGTERM, handler)
+    assert "Conditional, Siamese DETR" in capsys.readouterr().out and (out / "transfer.md").is_file()
+    names = {path.name for path in (out / "docs").glob("*.png")}
+    assert {"transfer-convergence.png", "transfer-before.png", "transfer-detections.png"} <= names
