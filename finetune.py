@@ -24,8 +24,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import box_convert, box_iou
 from tqdm import tqdm
@@ -37,6 +35,13 @@ import plots
 import proposals
 import runtime
 from model import VARIANTS, build_detector
+
+try:  # the same 12 numbers in a third of the time
+    from faster_coco_eval import COCO
+    from faster_coco_eval import COCOeval_faster as COCOeval
+except ImportError:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
 
 
 class Recipe(NamedTuple):
