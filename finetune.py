@@ -13,7 +13,6 @@ prediction; `load_detector` and `detect` also serve from Python. The same comman
 """
 
 import argparse
-import contextlib
 import json
 import math
 import re
@@ -22,10 +21,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.ops import box_convert, box_iou
+from torchvision.ops import box_convert
 from tqdm import tqdm
 
 import convert
@@ -34,14 +32,8 @@ import losses
 import plots
 import proposals
 import runtime
+from metrics import METRICS, evaluate, table
 from model import VARIANTS, build_detector
-
-try:  # the same 12 numbers in a third of the time
-    from faster_coco_eval import COCO
-    from faster_coco_eval import COCOeval_faster as COCOeval
-except ImportError:
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
 
 
 class Recipe(NamedTuple):
@@ -70,7 +62,6 @@ SHAPE = "variant backbone stride hidden_dim enc_layers dec_layers num_queries pr
 RUN_ONLY = """epochs out device workers micro_batch log_every eval_every save_every keep_every
 eval_only predict export_proposals threshold save_json""".split()  # may change on resume
 EVAL_BATCH = 8  # ours: one for all, since the padding of a batch moves convolution borders, and AP in its fourth digit
-METRICS = {"coco": "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split(), "voc07": "AP AP50 AP75".split()}
 
 
 def parse_args(argv=None):
@@ -333,8 +324,7 @@ def open_detector(args, run, build, classes, source, resume):
         print("\n".join(lines))
     vars(args).update({key: detector.settings[key] for key in (*SHAPE, "dropout")})
     detector.to(run.device).freeze_backbone(args.lr_backbone == 0)
-    if args.lr_backbone == 0:
-        detector.fold_backbone(torch.bfloat16 if args.amp else torch.float32)
+    detector.fold_backbone(torch.bfloat16 if args.amp else torch.float32, trains=args.lr_backbone > 0)
     return detector
 
 
@@ -390,93 +380,6 @@ def detect_all(detector, dataset, classes, run, args):
     rows = rows[rows[:, 0].argsort(stable=True)].tolist()
     return [{"image_id": images[int(i)]["id"], "category_id": classes[int(k)][0], "score": score,
              "bbox": [x0, y0, x1 - x0, y1 - y0]} for i, k, score, x0, y0, x1, y1 in rows]  # fmt: skip
-
-
-def evaluate(annotations, results, metric="coco", difficult="count"):
-    """COCO results -> {METRICS[metric]: 0..1, or -1 where there is no object} and {class name: AP}.
-
-    difficult "ignore": a difficult object may be missed, and detections of it are forgiven (pycocotools: one of them).
-    """
-    return {"coco": coco_metrics, "voc07": voc07_metrics}[metric](annotations, results, difficult)
-
-
-def coco_metrics(annotations, results, difficult="count"):
-    """pycocotools' 12 numbers."""
-    categories, truth = [{"id": number, "name": name} for number, name in annotations.categories], []
-    for image, *columns in zip(*annotations[1:7], strict=True):
-        for (x0, y0, x1, y1), label, crowd, area, hard in zip(*(c.tolist() for c in columns), strict=True):
-            if hard and difficult == "ignore":
-                area = math.inf  # outside all of pycocotools' size ranges, and so ignored
-            truth.append({"id": len(truth) + 1, "image_id": image["id"], "category_id": categories[label]["id"],
-                          "bbox": [x0, y0, x1 - x0, y1 - y0], "area": area, "iscrowd": int(crowd)})  # fmt: skip
-    found = [{**r, "id": i, "area": r["bbox"][2] * r["bbox"][3]} for i, r in enumerate(results, 1)]
-    with contextlib.redirect_stdout(None):  # pycocotools prints its progress
-        tables = COCO(), COCO()
-        for coco, boxes in zip(tables, (truth, found), strict=True):  # unlike COCO.loadRes, no result at all is fine
-            coco.dataset = {"images": annotations.images, "annotations": boxes, "categories": categories}
-            coco.createIndex()
-        evaluation = COCOeval(*tables, "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    per_class = evaluation.eval["precision"][:, :, :, 0, -1].mean((0, 1))  # over IoU and recall, (K,); any size
-    names = [category["name"] for category in categories]
-    metrics = dict(zip(METRICS["coco"], evaluation.stats.tolist(), strict=True))
-    return metrics, dict(zip(names, per_class.tolist(), strict=True))
-
-
-def voc07_metrics(annotations, results, difficult="count"):
-    """VOC 2007's 11-point AP: its mean over IoU 0.50, 0.55 ... 0.95 (DETReg's VOC table), and at 0.50 and 0.75 alone.
-
-    All detections count; each is held against the object of its class that it overlaps most, taken or not. DETReg's
-    table has difficult "ignore"; its code rounds scores to three digits before it sorts, this does not.
-    """
-    classes = {number: k for k, (number, _) in enumerate(annotations.categories)}
-    found, rows, objects = {image["id"]: [] for image in annotations.images}, [], 0
-    for r in results:  # the detector may know more classes
-        found[r["image_id"]].append([classes.get(r["category_id"], -1), r["score"], *r["bbox"]])
-    for of_image, boxes_xyxy, labels in zip(found.values(), *annotations[2:4], strict=True):
-        of_image = torch.tensor(of_image, dtype=torch.float64).reshape(-1, 6)
-        overlap = box_iou(box_convert(of_image[:, 2:], "xywh", "xyxy"), boxes_xyxy.double())
-        overlap = overlap * (of_image[:, :1] == labels)
-        overlap, at = torch.cat([overlap, overlap.new_zeros(len(overlap), 1)], 1).max(1)  # of nothing: 0
-        rows.append(torch.column_stack([of_image[:, :2], overlap, at + objects]))  # (detections, 4)
-        objects += len(labels)
-    rows, labels = torch.cat(rows), torch.cat(annotations.labels)
-    rows = rows[rows[:, 1].argsort(descending=True, stable=True)]
-    ignored = torch.cat(annotations.crowd) | (torch.cat(annotations.difficult) & (difficult == "ignore"))
-    needed = [(~ignored[labels == k]).sum().item() for k in classes.values()]
-    ap = [eleven_points(rows[rows[:, 0] == k, 2:], ignored, count) for k, count in enumerate(needed)]
-    ap = torch.tensor(ap, dtype=torch.float64)  # (K, 10)
-    at = ap.nanmean(0).nan_to_num(-1)  # over the classes that have an object: in VOC all
-    per_class = zip((name for _, name in annotations.categories), ap.mean(1).nan_to_num(-1).tolist(), strict=True)
-    return dict(zip(METRICS["voc07"], (at.mean().item(), at[0].item(), at[5].item()), strict=True)), dict(per_class)
-
-
-def eleven_points(rows, ignored, needed):
-    """11-point AP of one class at each of the ten IoUs, or NaN without an object to find (`needed` counts these).
-
-    rows (detections, 2), best first: the overlap with an object, and its number in `ignored`, whose objects, when hit,
-    make a detection neither right nor wrong.
-    """
-    if needed == 0:
-        return [math.nan] * 10
-    (overlap, number), at_each = rows.T.numpy(), []
-    number = np.where(overlap > 0, number, 0).astype(int)
-    for least in range(50, 100, 5):
-        hit, right = overlap > least / 100, np.zeros(len(rows))
-        right[np.flatnonzero(hit)[np.unique(number[hit], return_index=True)[1]]] = 1  # the first on each object
-        counts = ~(hit & ignored.numpy()[number])
-        right = np.cumsum(right * counts)
-        recall, precision = right / needed, right / np.maximum(np.cumsum(counts), 1)
-        at_each.append(sum(precision[recall >= point / 10].max(initial=0) for point in range(11)) / 11)
-    return at_each
-
-
-def table(metrics, per_class):
-    """The numbers as text: a row of all, then a line per class."""
-    lines = ["".join(f"{name:>7}" for name in metrics), "".join(f"{value:7.3f}" for value in metrics.values()), ""]
-    return "\n".join(lines + [f"{value:7.3f}  {name}" for name, value in per_class.items()])
 
 
 def predict(args, run, stop):

@@ -1,13 +1,13 @@
 """The network: Siamese pretraining on top of a detector, and six detectors of the DETR family.
 
-Reading order: 1 the pretext method (paper Sec. 3.3), 2 the detector, 3 small parts; then detectors.py, the decoders.
+Reading order: 1 the pretext method (paper Sec. 3.3), 2 the detector, 3 small parts; then detectors.py, the decoders,
+and backbone.py.
 Shapes: B images, R regions per image, N queries, L decoder layers, K classes, C width, D backbone channels, H W a
 feature map, S tokens of all levels, G levels, H0 W0 the input, M heads, P points, T targets.
 Boxes are (cx, cy, w, h) in [0, 1] of the unpadded image; masks are True on padding; everything is batch first.
 Modules that live on in a detector carry the names of the official repositories, so their files load as they are.
 """
 
-import copy
 import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d, box_convert, roi_align
+from torchvision.ops import box_convert, roi_align
 
+from backbone import Backbone, folded
 from detectors import (
     MLP,
     Context,
@@ -361,9 +361,9 @@ class DETR(nn.Module):
         """h = Backbone(x): {stride: (B, D, H, W)}."""
         return (self.fast_backbone or self.backbone[0])(x, strides)
 
-    def fold_backbone(self, dtype=torch.float32, compiled=False):
-        """From now on take features from a folded copy, in `dtype`, of the frozen backbone as it is now."""
-        self.fast_backbone = folded(self.backbone[0], dtype, compiled)
+    def fold_backbone(self, dtype=torch.float32, compiled=False, trains=False):
+        """From now on take features from a folded copy of the backbone: if it trains, as it will be; else as it is."""
+        self.fast_backbone = folded(self.backbone[0], dtype, compiled, trains)
 
     def encode(self, h, mask):
         """Eq. (1): c = Encoder(h). h: one (B, D, H, W) map per stride; mask (B, H0, W0) of the input. -> Context."""
@@ -548,87 +548,6 @@ def noisy_targets(labels, boxes, valid, num_classes, groups=5, label_noise=0.2, 
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Small parts
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class Backbone(nn.Module):
-    """h = Backbone(x): a torchvision ResNet or MobileNetV2 with frozen batch norm; maps at strides 8, 16 and 32."""
-
-    def __init__(self, name):
-        super().__init__()
-        if name not in ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"):
-            raise ValueError(f"--backbone {name!r}: choose resnet18, resnet34, resnet50, resnet101 or mobilenet_v2")
-        net = torchvision.models.get_model(name, weights=None, norm_layer=FrozenBatchNorm2d)
-        self.body = nn.Module()
-        if name == "mobilenet_v2":
-            self.body.features = net.features
-            self.stages = {s: [f"features.{i}" for i in r] for s, r in MOBILENET_STAGES.items()}
-            self.fixed = ("features.0.", "features.1.")  # stem and first stage: never trained
-            self.stem = ("features.0.", "features.1.")  # never in bfloat16, see `folded`
-            self.channels = {8: 32, 16: 96, 32: 1280}
-        else:
-            for child, module in list(net.named_children())[:-2]:  # without pooling and classifier
-                self.body.add_module(child, module)
-            self.stages = {8: ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2"], 16: ["layer3"], 32: ["layer4"]}
-            self.fixed, self.stem = ("conv1.", "layer1."), ("conv1.",)
-            self.channels = {s: net.fc.in_features * s // 32 for s in self.stages}
-        self.freeze(())
-
-    def forward(self, x, strides):
-        """x (B, 3, H0, W0) -> {stride: (B, D, H, W)}; stops after the deepest stride asked for."""
-        h = {}
-        for stride, names in self.stages.items():
-            if stride <= max(strides):
-                for name in names:
-                    x = self.body.get_submodule(name)(x)
-                h[stride] = x
-        return h
-
-    def freeze(self, trained):
-        """Nothing trains but the stages that lead up to the strides `trained`, without the stem and first stage."""
-        used = tuple(f"{name}." for s, names in self.stages.items() if s <= max(trained, default=0) for name in names)
-        for name, p in self.body.named_parameters():
-            p.requires_grad_(name.startswith(used) and not name.startswith(self.fixed))
-
-
-MOBILENET_STAGES = {8: range(0, 7), 16: range(7, 14), 32: range(14, 19)}
-
-
-def folded(backbone, dtype=torch.float32, compiled=False):
-    """A frozen copy of a backbone for speed: batch norms folded into the convolutions before them, channels last.
-
-    Takes and returns float32; equal to the backbone up to rounding (about 1e-5 of the largest value). Inside, `dtype`,
-    but for the stem: it loses most of what bfloat16 loses (MobileNetV2's pooled crops have a cosine of at least 0.98
-    with those of float32 when it goes along, of at least 0.998 when it does not; bench/fidelity.py measures it).
-    compiled: by torch.compile, once for all sizes of images, at the first call.
-    """
-    backbone = copy.deepcopy(backbone)
-    for parent in backbone.modules():
-        children = list(parent.named_children())
-        for (_, conv), (name, norm) in zip(children, children[1:], strict=False):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm2d):
-                scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-                conv.weight = nn.Parameter(conv.weight * scale[:, None, None, None], requires_grad=False)
-                conv.bias = nn.Parameter(norm.bias - norm.running_mean * scale, requires_grad=False)
-                setattr(parent, name, nn.Identity())
-    backbone = backbone.requires_grad_(False).to(memory_format=torch.channels_last)
-    for name, p in backbone.body.named_parameters():
-        if not name.startswith(backbone.stem):
-            p.data = p.data.to(dtype)
-    last = backbone.body.get_submodule(backbone.stem[-1][:-1])
-    last.register_forward_hook(lambda module, inputs, output: output.to(dtype))
-    if compiled:
-        from torch._inductor import config  # takes seconds to import
-
-        config.freezing = True  # weights become constants: ReLU and sum join the convolution before them
-        backbone = torch.compile(backbone, dynamic=True)
-
-    @torch.no_grad()
-    def forward(x, strides):
-        x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, enabled=False):
-            return {stride: h.float() for stride, h in backbone(x, strides).items()}
-
-    return forward
 
 
 class BatchNorm(nn.BatchNorm1d):

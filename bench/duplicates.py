@@ -15,7 +15,7 @@ import torch
 from torchvision.ops import batched_nms, box_convert
 
 from data import read_annotations
-from finetune import evaluate
+from metrics import evaluate
 
 
 def main(argv=None):

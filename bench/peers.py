@@ -79,6 +79,7 @@ def finetune_step(args):
     torch.manual_seed(0)
     detector = build_detector(args.variant, CLASSES, dropout=args.dropout)
     detector.freeze_backbone(False)
+    detector.fold_backbone(trains=True)
     model, batch = twin(detector), labelled_noise(args.batch_size, args.size)
     normalised = batch._replace(x=normalise(batch.x, batch.mask))
 

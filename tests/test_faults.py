@@ -93,7 +93,7 @@ def prepare_exact(_):
     METHODS["updetr"].drop = 0.0
     pretrain.build_net = lambda args, run: make(args, run).double()
     pretrain.inputs = lambda batch: tuple(double(value) for value in read(batch))
-    type(build_detector("vanilla", 2, backbone="resnet18")).fold_backbone = lambda *_: None
+    type(build_detector("vanilla", 2, backbone="resnet18")).fold_backbone = lambda *_, **__: None
     losses.full_precision = double
     torch.Tensor.float = torch.Tensor.double  # positions, pooled maps, boxes
 

@@ -22,6 +22,7 @@ import convert
 import data
 import finetune
 import losses
+import metrics
 import runtime
 import toyset
 from bench import overfit
@@ -354,20 +355,20 @@ def test_coco_metrics_equal_pycocotools_on_the_files(toy):
     evaluation = COCOeval(coco, coco.loadRes(json.loads(json.dumps(results))), "bbox")
     for stage in (evaluation.evaluate, evaluation.accumulate, evaluation.summarize):
         stage()
-    metrics, per_class = finetune.coco_metrics(annotations, results)
-    assert list(metrics) == finetune.METRICS["coco"] and 0.1 < metrics["AP"] < 0.9
-    assert list(metrics.values()) == pytest.approx(evaluation.stats.tolist(), abs=1e-9)
+    numbers, per_class = metrics.coco_metrics(annotations, results)
+    assert list(numbers) == metrics.METRICS["coco"] and 0.1 < numbers["AP"] < 0.9
+    assert list(numbers.values()) == pytest.approx(evaluation.stats.tolist(), abs=1e-9)
     found = [ap for ap in per_class.values() if ap >= 0]
-    assert sum(found) / len(found) == pytest.approx(metrics["AP"])
+    assert sum(found) / len(found) == pytest.approx(numbers["AP"])
 
 
 def test_coco_metrics_of_the_truth_are_one_and_of_nothing_zero(val):
-    metrics, per_class = finetune.coco_metrics(val, truth(val))
-    assert metrics["AP"] == metrics["AP50"] == metrics["AR100"] == pytest.approx(1.0)
+    numbers, per_class = metrics.coco_metrics(val, truth(val))
+    assert numbers["AP"] == numbers["AP50"] == numbers["AR100"] == pytest.approx(1.0)
     assert all(ap == pytest.approx(1.0) for ap in per_class.values())
-    metrics, per_class = finetune.coco_metrics(val, [])
-    assert metrics["AP"] == metrics["AP50"] == metrics["AR100"] == 0
-    assert set(per_class.values()) == {0} and "0.000" in finetune.table(metrics, per_class)
+    numbers, per_class = metrics.coco_metrics(val, [])
+    assert numbers["AP"] == numbers["AP50"] == numbers["AR100"] == 0
+    assert set(per_class.values()) == {0} and "0.000" in metrics.table(numbers, per_class)
 
 
 def test_coco_metrics_can_ignore_difficult_objects(val):
@@ -376,8 +377,8 @@ def test_coco_metrics_can_ignore_difficult_objects(val):
     annotations, everything = val._replace(difficult=hard), truth(val)
     easy = [r for r, h in zip(everything, torch.cat(hard).tolist(), strict=True) if not h]
     for results in (everything, easy):  # found or missed, it makes no difference
-        assert finetune.coco_metrics(annotations, results, "ignore")[0]["AP"] == pytest.approx(1.0)
-    assert finetune.coco_metrics(annotations, easy, "count")[0]["AP"] < 0.99
+        assert metrics.coco_metrics(annotations, results, "ignore")[0]["AP"] == pytest.approx(1.0)
+    assert metrics.coco_metrics(annotations, easy, "count")[0]["AP"] < 0.99
 
 
 @pytest.mark.parametrize("difficult", ["count", "ignore"])
@@ -400,18 +401,18 @@ def test_voc07_metrics_equal_a_slow_loop(val, difficult):
             objects += [(image["id"], *row) for row in zip(boxes, skips[labels == k].tolist(), strict=True)]
         mine = [(r["image_id"], r["bbox"], r["score"]) for r in results if r["category_id"] == number]
         slow[name] = [reference.eleven_point_ap(objects, mine, t / 100) for t in range(50, 100, 5)]
-    metrics, per_class = finetune.evaluate(annotations, results, "voc07", difficult)
+    numbers, per_class = metrics.evaluate(annotations, results, "voc07", difficult)
     assert per_class == pytest.approx({name: sum(ap) / 10 for name, ap in slow.items()} | {"absent": -1}, abs=1e-12)
     mean = [sum(column) / len(slow) for column in zip(*slow.values(), strict=True)]
-    assert list(metrics.values()) == pytest.approx([sum(mean) / 10, mean[0], mean[5]], abs=1e-12)
-    assert 0.1 < metrics["AP"] < metrics["AP50"] < 0.95
+    assert list(numbers.values()) == pytest.approx([sum(mean) / 10, mean[0], mean[5]], abs=1e-12)
+    assert 0.1 < numbers["AP"] < numbers["AP50"] < 0.95
 
 
 def test_voc07_metrics_of_the_truth_are_one_and_of_nothing_zero(val):
-    assert set(finetune.voc07_metrics(val, truth(val))[0].values()) == {1.0}
-    assert set(finetune.voc07_metrics(val, [])[0].values()) == {0.0}
+    assert set(metrics.voc07_metrics(val, truth(val))[0].values()) == {1.0}
+    assert set(metrics.voc07_metrics(val, [])[0].values()) == {0.0}
     half = [r for r in truth(val) if r["image_id"] != val.images[0]["id"]]  # found without a mistake up to some recall
-    found = finetune.voc07_metrics(val, half)[0]["AP50"]
+    found = metrics.voc07_metrics(val, half)[0]["AP50"]
     assert round(found * 11 * len(val.categories)) == pytest.approx(found * 11 * len(val.categories), abs=1e-9)
 
 
@@ -419,7 +420,7 @@ def test_train_and_eval_only_use_the_chosen_metric(toy, trained, val, tmp_path, 
     more = f"--eval-only --init {trained / 'best.pt'} --val {toy / 'val.json'} --out {tmp_path} --workers 0"
     assert finetune.main([*more.split(), "--metric", "voc07"]) == 0
     numbers = capsys.readouterr().out.splitlines()
-    expected = finetune.voc07_metrics(val, json.loads((tmp_path / "detections.json").read_text()))[0]
+    expected = metrics.voc07_metrics(val, json.loads((tmp_path / "detections.json").read_text()))[0]
     assert numbers[0].split() == ["AP", "AP50", "AP75"] and numbers[1].split() == [
         f"{v:.3f}" for v in expected.values()
     ]
@@ -432,7 +433,7 @@ def test_eval_only_repeats_the_logged_ap_and_writes_ids_of_the_json(toy, trained
     assert len(results) == 12 * 6 * len(val.images)  # all queries x classes, since these are no more than 100
     assert {r["image_id"] for r in results} == {image["id"] for image in val.images}
     assert {r["category_id"] for r in results} == {number for number, _ in val.categories}
-    assert finetune.coco_metrics(val, results)[0]["AP"] == pytest.approx(max(logged(trained, "AP")), abs=1e-9)
+    assert metrics.coco_metrics(val, results)[0]["AP"] == pytest.approx(max(logged(trained, "AP")), abs=1e-9)
     printed = capsys.readouterr().out
     assert "AP50" in printed and all(name in printed for _, name in val.categories)
 

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from backbone import folded
 from detectors import image_encoding
-from model import VARIANTS, BatchNorm, Siamese, build_detector, folded, main, noisy_targets, swap_views
+from model import VARIANTS, BatchNorm, Siamese, build_detector, main, noisy_targets, swap_views
 
 SMALL = dict(backbone="resnet18", hidden_dim=32, enc_layers=1, dec_layers=2, num_queries=12, dropout=0.0)
 LEVELS = {"vanilla": 1, "conditional": 1, "deformable-ss": 1, "deformable-ms": 4, "dab": 1, "dn": 1}
@@ -343,6 +344,21 @@ def test_folded_backbone_equals_the_backbone(name):
     for stride, h in a.items():
         assert h.shape == (2, backbone.channels[stride], 64 // stride, 96 // stride)
         assert (h - b[stride]).abs().max() <= 1e-4 * h.abs().max()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_backbone_folded_in_training_has_the_gradients_of_the_backbone(name):
+    backbone = random_backbone(name).double()
+    backbone.freeze((32,))
+    fast = folded(backbone, trains=True)
+    x, w = torch.randn(2, 3, 64, 96).double(), torch.randn(2, backbone.channels[32], 2, 3).double()
+    trained = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
+    for step in range(2):  # the second time with other weights
+        a, b = (torch.autograd.grad((f(x, (32,))[32] * w).sum(), trained.values()) for f in (backbone, fast))
+        for name, g, h in zip(trained, a, b, strict=True):
+            assert g.abs().max() > 0 and (g - h).abs().max() <= 1e-12 * g.abs().max(), (step, name)
+        for p, g in zip(trained.values(), a, strict=True):
+            p.data -= 1e-3 * p.abs().mean() / g.abs().mean() * g
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-import finetune
+import metrics
 from bench import peers, scaling, speed, timing
 from bench.training import photographs
 from model import Siamese, build_detector
@@ -174,11 +174,11 @@ def test_faster_evaluation_gives_pycocotools_numbers(monkeypatch):
         results += [{"image_id": image["id"], "category_id": classes[k][0], "score": s / 20, "bbox": box}
                     for k, s, box in zip(of, scores, sides, strict=True)]  # fmt: skip
     for difficult in ("count", "ignore"):
-        monkeypatch.setattr(finetune, "COCO", faster.COCO)
-        monkeypatch.setattr(finetune, "COCOeval", faster.COCOeval_faster)
-        ours, each = finetune.coco_metrics(annotations, results, difficult)
-        monkeypatch.setattr(finetune, "COCO", COCO)
-        monkeypatch.setattr(finetune, "COCOeval", COCOeval)
-        theirs, each_of_theirs = finetune.coco_metrics(annotations, results, difficult)
+        monkeypatch.setattr(metrics, "COCO", faster.COCO)
+        monkeypatch.setattr(metrics, "COCOeval", faster.COCOeval_faster)
+        ours, each = metrics.coco_metrics(annotations, results, difficult)
+        monkeypatch.setattr(metrics, "COCO", COCO)
+        monkeypatch.setattr(metrics, "COCOeval", COCOeval)
+        theirs, each_of_theirs = metrics.coco_metrics(annotations, results, difficult)
         assert ours == theirs and each == each_of_theirs and 0.05 < ours["AP"] < 0.95
-        assert finetune.coco_metrics(annotations, [], difficult)[0]["AP"] == 0
+        assert metrics.coco_metrics(annotations, [], difficult)[0]["AP"] == 0
