@@ -33,11 +33,18 @@ def ratios(slow, fast):
 
 def record(entry):
     """Prints a result and appends it, with where and when it was taken, to the results file."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    commit = git("describe", "--always")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
     cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    where = dict(commit=commit.stdout.strip(), cpu=cpu[0] if cpu else platform.processor(), torch=torch.__version__)
+    where = dict(commit=commit + "-dirty" * bool(changed), cpu=cpu[0] if cpu else platform.processor(), torch=torch.__version__)
     RESULTS.parent.mkdir(exist_ok=True)
     with open(RESULTS, "a") as file:
         file.write(
             json.dumps({**entry, **where, "threads": torch.get_num_threads(), "date": time.strftime("%F")}) + "\n"
         )
+
+
+def git(*words):
+    """What git says of this folder; nothing where there is no repository."""
+    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False, cwd=RESULTS.parents[2])
+    return done.stdout.strip()
