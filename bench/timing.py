@@ -36,11 +36,20 @@ def record(entry):
     commit = git("describe", "--always")
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
     cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    where = dict(commit=commit + "-dirty" * bool(changed), cpu=cpu[0] if cpu else platform.processor(), torch=torch.__version__)
+    where = {"commit": commit + "-dirty" * bool(changed), "cpu": cpu[0] if cpu else platform.processor()}
     RESULTS.parent.mkdir(exist_ok=True)
     with open(RESULTS, "a") as file:
         file.write(
-            json.dumps({**entry, **where, "threads": torch.get_num_threads(), "date": time.strftime("%F")}) + "\n"
+            json.dumps(
+                {
+                    **entry,
+                    **where,
+                    "torch": torch.__version__,
+                    "threads": torch.get_num_threads(),
+                    "date": time.strftime("%F"),
+                }
+            )
+            + "\n"
         )
 
 
