@@ -91,3 +91,32 @@ def test_every_flag_is_read_and_there_are_at_most_46(script):
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" not in node.value:
             read.update(node.value.split())
     assert [flag for flag in flags if flag.replace("-", "_") not in read] == []
+
+
+FLAGS = {  # frozen: a new one is a change here, in --help and in the README; one that changes meaning gets a new name
+    "pretrain": """amp augment-on backbone backbone-weights batch-size box-refine centre-features clip compat compile data
+        dec-layers decoder-consistency device drop-step dropout enc-layers hidden-dim init keep-every limit log-every lr
+        match method micro-batch no-global num-queries num-regions out pre-norm proposals pseudo-classes recipe
+        region-nms region-stride region-target resolution save-every seed steps stride tau variant weight-decay
+        workers""",
+    "finetune": """amp backbone backbone-weights batch-size box-refine clip dec-layers device difficult drop-epoch dropout
+        enc-layers epochs eval-every eval-only export-proposals fraction fraction-seed hidden-dim init keep-every limit
+        log-every lr lr-backbone metric micro-batch num-queries out overfit pre-norm predict recipe resolution save-every
+        save-json seed stride threshold train val variant weight-decay workers""",
+}
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_flags_are_frozen(script):
+    text = (ROOT / f"{script}.py").read_text()
+    assert sorted(re.findall(r'(?:add|add_argument)\(\s*"--([a-z0-9-]+)"', text)) == FLAGS[script].split()
+
+
+@pytest.mark.parametrize("name", ["model", "backbone", "detectors", "losses", "views", "ops/deform_attn"])
+def test_shapes_use_the_letters_of_the_readme(name):
+    """A shape is a list in brackets such as (V*B, R, 4); each of its letters stands in the README's table."""
+    table = re.search(r"Shapes: (.*?)\n\n", (ROOT / "README.md").read_text(), re.S)[1]
+    letters = set(re.findall(r"\b([A-Z]0?)\b", table))
+    shapes = re.findall(r"\(((?:[A-Z0-9*+/ .]+,)+[A-Z0-9*+/ .|]*)\)", (ROOT / f"{name}.py").read_text())
+    used = {letter for shape in shapes for letter in re.findall(r"[A-Z]0?", shape)}
+    assert shapes and used <= letters, used - letters
