@@ -94,15 +94,16 @@ def test_every_flag_is_read_and_there_are_at_most_46(script):
 
 
 FLAGS = {  # frozen: a new one is a change here, in --help and in the README; one that changes meaning gets a new name
-    "pretrain": """amp augment-on backbone backbone-weights batch-size box-refine centre-features clip compat compile data
-        dec-layers decoder-consistency device drop-step dropout enc-layers hidden-dim init keep-every limit log-every lr
-        match method micro-batch no-global num-queries num-regions out pre-norm proposals pseudo-classes recipe
-        region-nms region-stride region-target resolution save-every seed steps stride tau variant weight-decay
+    "pretrain": """amp augment-on backbone backbone-weights batch-size box-refine centre-features clip compat compile
+        data dec-layers decoder-consistency device drop-step dropout enc-layers hidden-dim init keep-every
+        limit log-every lr match method micro-batch no-global num-queries num-regions out pre-norm proposals
+        pseudo-classes recipe region-nms region-stride region-target resolution save-every seed steps stride
+        tau variant weight-decay workers""",
+    "finetune": """amp backbone backbone-weights batch-size box-refine clip dec-layers device difficult drop-epoch
+        dropout enc-layers epochs eval-every eval-only export-proposals fraction fraction-seed hidden-dim
+        init keep-every limit log-every lr lr-backbone metric micro-batch num-queries out overfit pre-norm
+        predict recipe resolution save-every save-json seed stride threshold train val variant weight-decay
         workers""",
-    "finetune": """amp backbone backbone-weights batch-size box-refine clip dec-layers device difficult drop-epoch dropout
-        enc-layers epochs eval-every eval-only export-proposals fraction fraction-seed hidden-dim init keep-every limit
-        log-every lr lr-backbone metric micro-batch num-queries out overfit pre-norm predict recipe resolution save-every
-        save-json seed stride threshold train val variant weight-decay workers""",
 }
 
 
