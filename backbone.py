@@ -5,6 +5,8 @@ Names of tensors below `body` are torchvision's, which the official repositories
 """
 
 import copy
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torchvision
@@ -62,8 +64,8 @@ def folded(backbone, dtype=torch.float32, compiled=False, trains=False):
     Equal to the backbone up to rounding (about 1e-5 of the largest value). trains: folded anew at each call, so that
     the backbone's own weights get their gradient. Else once, without gradient: it takes and returns float32, inside
     `dtype`, but for the stem, which loses most of what bfloat16 loses (MobileNetV2's pooled crops have a cosine of at
-    least 0.98 with those of float32 when it goes along, of at least 0.998 when it does not; bench/fidelity.py).
-    compiled: by torch.compile, once for all sizes of images, at the first call.
+    least 0.983 with those of float32 when it goes along, of at least 0.994 when it does not; bench/fidelity.py).
+    compiled: by torch.compile at the first call, for all sizes of images at once.
     """
     plain, pairs = copy.deepcopy(backbone).requires_grad_(False), []
     for name, parent in plain.named_modules():
@@ -88,6 +90,7 @@ def folded(backbone, dtype=torch.float32, compiled=False, trains=False):
         return functional_call(plain, tensors(), (x.contiguous(memory_format=torch.channels_last), strides))
 
     if trains:
+        plain.to("meta")  # its own tensors are never read
         return in_training
     plain.load_state_dict(tensors(), strict=False)
     plain.to(memory_format=torch.channels_last)
@@ -96,16 +99,17 @@ def folded(backbone, dtype=torch.float32, compiled=False, trains=False):
             p.data = p.data.to(dtype)
     last = plain.body.get_submodule(backbone.stem[-1][:-1])
     last.register_forward_hook(lambda module, inputs, output: output.to(dtype))
+    settings = nullcontext
     if compiled:
         from torch._inductor import config  # takes seconds to import
 
-        config.freezing = True  # weights become constants: ReLU and sum join the convolution before them
         plain = torch.compile(plain, dynamic=True)
+        settings = partial(config.patch, freezing=True)  # weights as constants: ReLU and sum join their convolution
 
     @torch.no_grad()
     def forward(x, strides):
         x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, enabled=False):
-            return {stride: h.float() for stride, h in plain(x, strides).items()}
+        with torch.autocast(x.device.type, enabled=False), settings():
+            return {stride: h.float() for stride, h in plain(x, (max(strides),)).items()}
 
     return forward

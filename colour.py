@@ -8,12 +8,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-LUMA = np.array([0.299, 0.587, 0.114])  # grey = LUMA . rgb, as in PIL
+LUMA = (0.299, 0.587, 0.114)  # grey = LUMA . rgb, as in PIL
 REACH = 6  # pixels that a blur reads on either side, 3 times the widest sigma
 
 
 def draw_colour(g, count):
-    """Draw `count` colour changes as SimSiam does: (count, 11), a row per image."""
+    """Draw `count` colour changes as SimSiam does (Sec. 3.2: "pipeline in [8]"): (count, 11), a row per image.
+
+    Columns: jitter or not, brightness, contrast, saturation, hue, the order of these four (4), grey or not, blur sigma.
+    """
     u = torch.rand(count, 12, generator=g, dtype=torch.float64)
     jitter, gray = u[:, :1] < 0.8, u[:, 9:10] < 0.2
     factors, hue = 0.6 + 0.8 * u[:, 1:4], 0.2 * u[:, 4:5] - 0.1  # of brightness, contrast, saturation; of the circle
@@ -35,9 +38,9 @@ def change_colour(image, colour):
         affine = factor * np.eye(3, 4)  # factor * image + (1 - factor) * (black | its mean grey | its grey)
         affine[:, 3] = -0.5  # OpenCV rounds, PIL truncates
         if step == 1:
-            affine[:, 3] += (1 - factor) * (LUMA @ cv2.mean(image)[:3])
+            affine[:, 3] += (1 - factor) * np.dot(LUMA, cv2.mean(image)[:3])
         elif step == 2:
-            affine[:, :3] += (1 - factor) * LUMA
+            affine[:, :3] += (1 - factor) * np.array(LUMA)
         image = cv2.transform(image, affine)
     image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) if gray else image
     image = cv2.GaussianBlur(image, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE) if sigma else image
@@ -67,7 +70,7 @@ def change_colours(x, colours, mask=None):
 
 
 def luma(x):
-    return torch.einsum("nchw,c->nhw", x, torch.tensor(LUMA, dtype=x.dtype, device=x.device)).unsqueeze(1)
+    return LUMA[0] * x[:, :1] + LUMA[1] * x[:, 1:2] + LUMA[2] * x[:, 2:]
 
 
 def affine_step(x, step, factors, on, inside):
@@ -85,7 +88,7 @@ def turn_hue(x, turn):
     top, chroma = x.amax(1, keepdim=True), x.amax(1, keepdim=True) - x.amin(1, keepdim=True)
     sextant = torch.where(top == r, g - b, torch.where(top == g, b - r + 2 * chroma, r - g + 4 * chroma))
     sextant = sextant / chroma.clamp(min=1) + 6 * turn  # red 0, green 2, blue 4
-    k = (torch.tensor([5.0, 3.0, 1.0], device=x.device).view(3, 1, 1) + sextant) % 6
+    k = (torch.arange(5, 0, -2, device=x.device).view(3, 1, 1) + sextant) % 6
     return top - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 

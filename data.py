@@ -17,6 +17,7 @@ import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -176,9 +177,16 @@ def resize_size(w, h, short, longest):
     return (short, large) if w < h else (large, short)
 
 
+@lru_cache
+def constants(device):
+    """255 MEAN and 255 STD there: a copy at every step would make the host wait for the device."""
+    return 255 * MEAN.to(device), 255 * STD.to(device)
+
+
 def normalise(x, mask=None):
     """uint8 (..., 3, H, W) -> float32 (x / 255 - MEAN) / STD, exactly 0 where mask (..., H, W) says padding."""
-    x = x.float().sub_(255 * MEAN.to(x.device)).div_(255 * STD.to(x.device))
+    mean, std = constants(x.device)
+    x = x.float().sub_(mean).div_(std)
     return x if mask is None else x.masked_fill_(mask.unsqueeze(-3), 0.0)
 
 
@@ -370,7 +378,7 @@ class DetectionSet(torch.utils.data.Dataset):
     """Items (x (3, h, w) uint8, boxes (t, 4), labels (t,), index, size) by key (epoch, index); crowds are left out.
 
     Training images are augmented as in DETR (released code): flip; resize, or resize - crop - resize; all sizes scaled
-    by resolution / 800, where resolution=800, longest=1333 are the paper's.
+    by resolution / 800, where resolution=800, longest=1333 are DETR's.
     """
 
     def __init__(self, annotations, train, resolution=800, longest=1333, seed=0):

@@ -108,9 +108,8 @@ class ConditionalDecoder(nn.Module):
     def forward(self, query, content, anchor, ctx, blocked, bbox_embed):
         C = self.C
         x = torch.zeros_like(query) if content is None else content
-        reference = at_least_float32(
-            self.ref_point_head(query).sigmoid() if anchor is None else anchor
-        )  # (B, N, 2 | 4)
+        reference = self.ref_point_head(query).sigmoid() if anchor is None else anchor
+        reference = at_least_float32(reference)  # (B, N, 2 | 4)
         states, references = [], []
         for i, layer in enumerate(self.layers):
             references.append(reference)
@@ -201,7 +200,10 @@ class EncoderLayer(Block):
 
 
 class VanillaLayer(Block):
-    """Queries attend to each other, then to the image: q = f_q(x + query), k = f_k(c + pos), v = f_v(c), Eq. (3)."""
+    """Queries attend to each other, then to the image: q = f_q(x + query), k = f_k(c + pos), v = f_v(c), Eq. (3).
+
+    x is what the layers have found so far, zeros at first; query is phi_q, or phi_q + z.
+    """
 
     def __init__(self, row, C, heads, pre_norm):
         super().__init__(row, C, 3, pre_norm)
@@ -241,6 +243,7 @@ class ConditionalLayer(Block):
         return self.self_attn(q, k, self.sa_v_proj(x), blocked)
 
     def _look_at_image(self, x, query, spatial, ctx):
+        """Eq. (3). phi_q + z of Eq. (7) enters here in the first layer only; later by self-attention and `spatial`."""
         q, k, k_pos = self.ca_qcontent_proj(x), self.ca_kcontent_proj(ctx.c), self.ca_kpos_proj(ctx.pos)
         if self.ca_qpos_proj is not None:
             q, k = q + self.ca_qpos_proj(query), k + k_pos
@@ -277,11 +280,12 @@ class OutProjection(nn.Module):
         """q (B, N, E), k (B, S, E), v (B, S, C); blocked broadcasts to (B, 1, N, S), True = may not attend."""
         q, k, v = (self.split(t) for t in (q, k, v))
         allowed = None if blocked is None else ~blocked
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=self.p if self.training else 0.0)
-        return self.out_proj(out.transpose(1, 2).flatten(2))  # Eq. (2): softmax(q k^T / sqrt(d_k)) v
+        p = self.p if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=p)  # Eq. (2)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
 
     def split(self, x):
-        """(B, S, C) -> (B, M, S, C / M)."""
+        """(B, S, E) -> (B, M, S, E / M)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def weights(self, q, k, v=None, blocked=None):
@@ -313,7 +317,10 @@ class Attention(OutProjection):
 
 
 class DeformAttention(nn.Module):
-    """Each query reads a few points around its reference on every level (Deformable DETR, Eq. 3)."""
+    """Each query reads a few points around its reference on every level (Deformable DETR, Eq. 3).
+
+    In the place of the paper's Eq. (2) and (3): there are no keys, the weights are a linear function of the query.
+    """
 
     def __init__(self, C, heads, levels, points=4):
         super().__init__()
@@ -417,7 +424,7 @@ def resize_mask(mask, shape):
 
 
 def unpadded_size(mask):
-    """(B, H, W) -> (B, 2) float: unpadded width and height in cells."""
+    """(B, H, W) -> (B, 2) float: unpadded width and height in cells of the mask."""
     inside = ~mask
     return torch.stack([inside[:, 0].sum(-1), inside[:, :, 0].sum(-1)], -1).float()
 

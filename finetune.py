@@ -33,7 +33,7 @@ import plots
 import proposals
 import runtime
 from metrics import METRICS, evaluate, table
-from model import VARIANTS, build_detector
+from model import METHODS, VARIANTS, build_detector
 
 
 class Recipe(NamedTuple):
@@ -73,7 +73,7 @@ def parse_args(argv=None):
     add("--fraction-seed", type=int, default=0, help="which images these are, by DETReg's rule (default 0)")
     add("--limit", type=int, metavar="N", help="first N images of --train, --val or --predict only, for a quick look")
     add("--overfit", type=int, metavar="N", help="train and evaluate on the first N training images, not augmented")
-    add("--resolution", type=int, help="short side in pixels; all other sizes follow (default 800, paper)")
+    add("--resolution", type=int, help="short side in pixels; all other sizes follow (default 800, as DETR)")
     add("--workers", type=int, default=4, help="loader processes per rank (default 4)")
     add = p.add_argument_group("model (default: as in --init, else the paper's sizes)").add_argument
     add("--init", metavar="FILE", help="checkpoint, ours or public; its class head is kept if the classes are the same")
@@ -192,7 +192,9 @@ def train(args, run, stop):
         began = time.time()
         runtime.seed_step(args.seed, step, run.rank)
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * (0.1 if step >= drop_step else 1.0)  # paper Sec. 4.1
+            group["lr"] = group["base_lr"] * (
+                0.1 if step >= drop_step else 1.0
+            )  # epoch: paper Sec. 4.1; a tenth: released code
         batches = [next(loader).to(run.device) for _ in range(sampler.accumulate)]
         optimizer.zero_grad(set_to_none=True)
         terms = backward(net, detector.row, batches, weights, run, args.amp)
@@ -288,7 +290,7 @@ def resolve(args, source):
     given = {key: getattr(args, key) for key in (*SHAPE, "dropout") if getattr(args, key) is not None}
     build = {"variant": "conditional", **build, **given}
     recipe = RECIPES[args.recipe][build["variant"]]._asdict()
-    for key, value in {"resolution": 800, "variant": build["variant"], **recipe}.items():  # 800: paper Sec. 4.1
+    for key, value in {"resolution": 800, "variant": build["variant"], **recipe}.items():  # 800: released code, DETR's
         setattr(args, key, value if getattr(args, key, None) is None else getattr(args, key))
     return build
 
@@ -429,7 +431,7 @@ def export_proposals(args, run, stop):
             image = data.load_image(images.root / path)
             pred, size = look_at(detector, image), torch.tensor(image.size * 2)
             p = pred.logits[-1, 0].float()
-            if method in ("siamese", "updetr"):
+            if method and METHODS[method].first:  # a softmax with an unused column before the objects
                 score = p.softmax(-1)[:, 1:-1].sum(-1)  # all but "unused" and "nothing"
             else:
                 score = p.softmax(-1)[:, :-1].amax(-1) if detector.row.softmax else p.sigmoid().amax(-1)

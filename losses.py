@@ -1,6 +1,6 @@
 """Matching and losses of Siamese DETR (paper Sec. 3.3, Eq. 9-13) and of the detectors it pretrains.
 
-Reading order: pretext_losses, match, detection_losses (Eq. 9), region_loss (Eq. 10, 12), global_loss (Eq. 11),
+Reading order: pretext_losses, match, detection_losses (Eq. 9), region_loss (Eq. 12), global_loss (Eq. 11),
 weighted_sum (Eq. 13), denoising_losses (DN-DETR), helpers.
 
 Boxes are (cx, cy, w, h) in [0, 1] of the unpadded image. B images, N queries, L decoder layers, K logits, T targets
@@ -60,7 +60,7 @@ def pretext_losses(net, answer, batch, how="hungarian", num_boxes=None):
         terms["region"] = region_loss(net.f_sem(q), answer.p, found.matched, num_boxes)  # Eq. (10)
     elif answer.p is not None:
         terms["region"] = embedding_loss(net.f_sem(q[-1:]), answer.p, found.matched[-1:], num_boxes)
-    if net.consistency is not None:  # what found a region in one view, against what found it in the other (SeqCo-DETR)
+    if net.consistency is not None:  # a region's output in one view against that in the other (SeqCo-DETR)
         other, found_there = (x.unflatten(1, (2, -1)).flip(1).flatten(1, 2) for x in (q, found.matched))
         terms["consistency"] = region_loss(net.consistency(q), other, found.matched & found_there, num_boxes)
     if answer.predicted_context is not None:
@@ -133,6 +133,8 @@ def detection_losses(logits, boxes, match, labels, target_boxes, *, softmax, num
 
 def class_loss(logits, match, labels, *, softmax, num_boxes):
     """Cross-entropy with a no-object class (the last logit), or sigmoid focal loss, over all queries; (L,).
+
+    Not in Eq. (9): released code.
 
     The cross-entropy is a weighted mean whose denominator follows from counts, so that no second number travels between
     ranks: `num_boxes` queries of weight 1, the rest of B * N of weight 0.1. It is the weighted mean of the joint batch

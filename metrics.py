@@ -1,4 +1,4 @@
-"""Average precision of detections: COCO's 12 numbers, or VOC 2007's 11 points (paper Sec. 4.1 reports the former).
+"""Average precision of detections: COCO's 12 numbers (the paper reports six, Sec. 4.1), or VOC 2007's 11 points.
 
 Results are COCO's: image_id and category_id of the json, bbox [x, y, w, h] in pixels of the original image, score.
 Read `evaluate`, then the metric.

@@ -3,7 +3,7 @@
 Reading order: 1 the pretext method (paper Sec. 3.3), 2 the detector, 3 small parts; then detectors.py, the decoders,
 and backbone.py.
 Shapes: B images, R regions per image, N queries, L decoder layers, K classes, C width, D backbone channels, H W a
-feature map, S tokens of all levels, G levels, H0 W0 the input, M heads, P points, T targets.
+feature map, S tokens of all levels, G levels, H0 W0 the input, M heads, P points, T targets, V views.
 Boxes are (cx, cy, w, h) in [0, 1] of the unpadded image; masks are True on padding; everything is batch first.
 Modules that live on in a detector carry the names of the official repositories, so their files load as they are.
 """
@@ -43,7 +43,7 @@ class Answer(NamedTuple):
     """
 
     pred: "Prediction"
-    p: Tensor | None = None  # (V*B, R, D) region features to be predicted, Eq. (5), no gradient
+    p: Tensor | None = None  # (V*B, R, D) region features to be predicted, Eq. (5) (R-O: Eq. 4), no gradient
     predicted_context: Tensor | None = None  # (2B, C) predictor(projector(c)), Eq. (11)
     projected_context: Tensor | None = None  # (2B, C) projector(c)
 
@@ -52,8 +52,8 @@ class Pretext(nn.Module):
     """What Siamese DETR, UP-DETR and DETReg share: a detector, features of regions, and the head that predicts them.
 
     A method says in `prepare` what a query is told (z) and what it should predict (p), and nothing else but its heads.
-    `losses.pretext_losses` reads the class attributes. Labels of the softmax heads: 0 unused (released code), then the
-    pseudo-classes, then `other`, which all regions have without pseudo-classes, then nothing.
+    `losses.pretext_losses` reads the class attributes. Columns of the softmax heads: 0 unused (released code), one for
+    each pseudo-class, `other` (a region without one: all of them where there are none), and last "nothing".
     """
 
     num_regions = 10  # of a view: default of --num-regions
@@ -96,9 +96,9 @@ class Pretext(nn.Module):
         4) clean, crops (V*B*R, 3, 128, 128) normalised. Returns Answer.
         """
         ctx, z, p = self.prepare(x, mask, rois, boxes, crops)
-        return Answer(self.answer(ctx, z), p, *self.global_context(ctx))
+        return Answer(self.look(ctx, z), p, *self.global_context(ctx))
 
-    def answer(self, ctx, z):
+    def look(self, ctx, z):
         """Eq. (6)-(8): queries conditioned on z look into the context."""
         return self.detector.decode(ctx, z=z)
 
@@ -132,12 +132,13 @@ class Siamese(Pretext):
         dim_z = self.dim(self.region_strides)
         dim_p = {"crop": self.dim(self.crop_strides), "roi": dim_z, "none": 0}[self.region_target]
         self.detector.pretext_heads(self.other + 2)
-        self.patch2query = nn.Linear(dim_z, C)
+        self.patch2query = nn.Linear(dim_z, C)  # Eq. (7) adds z itself; D channels to C: released code
         self.centre_z = self.standardise(dim_z)
         self.f_sem = MLP(C, C, dim_p, 2) if dim_p else None  # Eq. (10)
         self.centre_p = self.standardise(dim_p) if dim_p else nn.Identity()
         if use_global:
             dim_c = C * min(self.detector.levels, 3)  # released code: the extra fourth level is not pooled
+            # the MLP of Eq. (11), and a predictor: losses.global_loss says why
             self.projector = nn.Sequential(*fc_bn(dim_c, C), nn.ReLU(), *fc_bn(C, C), nn.ReLU(), *fc_bn(C, C))
             self.predictor = nn.Sequential(*fc_bn(C, C), nn.ReLU(), nn.Linear(C, C))
         if consistency:
@@ -154,7 +155,8 @@ class Siamese(Pretext):
             elif self.region_target == "crop":
                 p = self.centre_p(self.crop_features(crops, len(mask)))  # Eq. (5), (2B, R, D)
         ctx = self.encode(h, mask)  # Eq. (1)
-        return ctx, self.patch2query(swap_views(z)), None if p is None else swap_views(p)  # each answers the other
+        z, p = swap_views(z), None if p is None else swap_views(p)  # Eq. (6): view 1 is asked for view 2's regions
+        return ctx, self.patch2query(z), p
 
     def global_context(self, ctx):
         """Eq. (11)'s two inputs: predictor(projector(c)) and projector(c), (2B, C) each; batch norm sees one view.
@@ -196,7 +198,7 @@ class UPDETR(Pretext):
             p = self.centre_p(p)
         return self.encode(h, mask), self.patch2query(p), None if self.region_target == "none" else p
 
-    def answer(self, ctx, z):
+    def look(self, ctx, z):
         """Queries see only those of their own crop; in training some are not told it, without rescaling the rest."""
         (B, R), N = z.shape[:2], self.detector.num_queries
         keep = (torch.rand(B, N, 1, device=z.device) > self.drop).to(z.dtype) if self.training else None
@@ -283,7 +285,7 @@ class Denoised(NamedTuple):
 class Prediction(NamedTuple):
     """Outputs of all decoder layers; the last layer is the detector's answer."""
 
-    logits: Tensor  # (L, B, N, K); vanilla has K + 1 columns, the last one "no object"
+    logits: Tensor  # (L, B, N, K); softmax heads have more columns, the last one "no object"
     boxes: Tensor  # (L, B, N, 4) cxcywh in [0, 1], Eq. (8)
     q_hat: Tensor  # (L, B, N, C), Eq. (2)
     dn: Denoised | None = None

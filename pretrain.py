@@ -14,6 +14,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -56,7 +57,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("data")
     g.add_argument("--data", required=True, help="folder, list file or COCO json of photographs; or 'toy'")
     g.add_argument(
-        "--proposals", default="random", help="cache of proposals.py; 'random' (default); 'gt': --data's labels"
+        "--proposals", default="random", help="cache of proposals.py (paper: EdgeBoxes); 'random' (default); 'gt'"
     )
     g.add_argument("--num-regions", type=int, help="n of Sec. 3.2, the overlap included (default 10, DETReg 30)")
     g.add_argument("--pseudo-classes", metavar="FILE", help="clusters of the proposals, by proposals.py --cluster")
@@ -67,7 +68,9 @@ def parse_args(argv=None):
     g.add_argument("--resolution", type=int, help="nominal short side, pixels (default: the recipe's, 384 or 640)")
     g.add_argument("--limit", type=int, help="use the first N photographs only, for a quick look")
     g.add_argument("--workers", type=int, default=4, help="loader processes per rank (default 4)")
-    where = "who changes colours: the workers (default) or --device, a GPU, which leaves the workers half the work"
+    where = (
+        "who changes colours: the workers (default) or --device, a GPU, which leaves the workers two thirds of the work"
+    )
     g.add_argument("--augment-on", choices=["worker", "device"], default="worker", help=where)
     g = p.add_argument_group("method")
     g.add_argument("--method", choices=METHODS, default="siamese", help="default siamese")
@@ -214,7 +217,7 @@ def pretrain(args, run, stop):
     for step in bar:
         runtime.seed_step(args.seed, step, run.rank)
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * (0.1 if step >= args.drop_step else 1)
+            group["lr"] = group["base_lr"] * (0.1 if step >= args.drop_step else 1)  # a tenth: released code
         optimizer.zero_grad(set_to_none=True)
         batches = [next(loader).to(run.device).coloured() for _ in range(sampler.accumulate)]
         regions = runtime.sum_over_ranks(sum(batch.valid.sum() for batch in batches))  # one normaliser for the step
@@ -308,7 +311,7 @@ def build_data(args, run):
                   seed=args.seed)  # fmt: skip
     order = torch.randperm(len(images.paths), generator=torch.Generator().manual_seed(0)).tolist()
     held_out = min(HELD_OUT, len(order) // 10)
-    train_set = Part(ViewDataset(images, proposals, augment_on=args.augment_on, **common), sorted(order[held_out:]))
+    train_set = Part(ViewDataset(images, proposals, augment_on=args.augment_on, **common), np.sort(order[held_out:]))
     return train_set, Part(ViewDataset(images, proposals, jitter=0.0, **common), order[:held_out] or order[:8])
 
 
@@ -323,7 +326,7 @@ class Part(Dataset):
 
     def __getitem__(self, key):
         epoch, i = key
-        return self.dataset[epoch, self.rows[i]]
+        return self.dataset[epoch, int(self.rows[i])]
 
 
 def build_net(args, run):
@@ -353,7 +356,7 @@ def build_net(args, run):
 
 
 def inputs(batch):
-    """ViewBatch -> the arguments of Siamese.forward: both views as one batch of 2B, pixels normalised on the device."""
+    """ViewBatch -> the arguments of Pretext.forward: all views as one batch of V*B, pixels normalised on the device."""
     x, mask, boxes, rois = (t.flatten(0, 1) for t in (batch.x, batch.mask, batch.boxes, batch.rois))
     crops = None if batch.crops is None else normalise(batch.crops.flatten(0, 2))
     return normalise(x, mask), mask, rois, boxes, crops
@@ -376,7 +379,7 @@ def region_report(net, dataset, device, picture=None):
         batch = collate_views([dataset[0, i] for i in range(start, min(start + 8, len(dataset)))]).to(device)
         ctx, z, p = net.prepare(*inputs(batch))
         boxes, valid = batch.boxes.flatten(0, 1), batch.valid.flatten(0, 1)  # (V*B, R, 4), (V*B, R)
-        pred, R = net.answer(ctx, z), boxes.shape[1]
+        pred, R = net.look(ctx, z), boxes.shape[1]
         labels = torch.full(boxes.shape[:2], net.other, device=device)
         kind = {"softmax": net.softmax, "cost_class": net.cost_class}
         found = losses.match(pred.logits[-1:], pred.boxes[-1:], labels, boxes, valid, **kind)
@@ -385,7 +388,7 @@ def region_report(net, dataset, device, picture=None):
             box, q_hat = best_of_group(pred, R)
         row = {"box": boxes, "iou_own": paired_iou(box, boxes)}
         if net.asks:
-            exchanged = best_of_group(net.answer(ctx, z.roll(max(R // 2, 1), 1)), R)[0]
+            exchanged = best_of_group(net.look(ctx, z.roll(max(R // 2, 1), 1)), R)[0]
             row["iou_exchanged"] = paired_iou(exchanged, boxes)
             row["own_group"] = (found.query[0] // (pred.logits.shape[2] // R) == torch.arange(R, device=device)).float()
         if p is not None:
@@ -394,9 +397,8 @@ def region_report(net, dataset, device, picture=None):
             row["cos_own"] = cosine.diagonal(dim1=1, dim2=2)
             row["cos_other"] = (cosine.sum(-1) - row["cos_own"]) / (valid.sum(1, keepdim=True) - 1).clamp(min=1)
         row = {k: v.masked_fill(~valid.view(valid.shape + (1,) * (v.dim() - 2)), torch.nan) for k, v in row.items()}
-        rows.append(
-            {k: torch.cat(v.chunk(len(batch.x)), 1) for k, v in row.items()}
-        )  # (B, V*R, ...): a photograph each
+        row = {k: torch.cat(v.chunk(len(batch.x)), 1) for k, v in row.items()}  # (B, V*R, ...): a photograph each
+        rows.append(row)
         shown = valid.all(1).nonzero()[:4, 0]
         if picture is not None and start == 0 and len(shown):
             x, mask = (t.flatten(0, 1)[shown] for t in (batch.x, batch.mask))

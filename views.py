@@ -24,7 +24,7 @@ from torchvision.ops import box_convert, nms
 
 from colour import change_colour, change_colours, draw_colour
 from data import ImageList, cut_window, draw_window, load_image, pad_stack, resize_size, stream
-from proposals import random_boxes
+from proposals import MIN_SIDE, random_boxes
 
 cv2.setNumThreads(1)  # one process per core; OpenCV's own threads fight the loader's workers and do not survive a fork
 SHORT_SIDES = {  # recipe -> the short sides, one drawn per item, and the longest side (released code, without 384)
@@ -32,7 +32,6 @@ SHORT_SIDES = {  # recipe -> the short sides, one drawn per item, and the longes
     "coco": ((480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800), 1333),
 }
 NOMINAL = {"imagenet": 384, "coco": 640}  # --resolution at which these hold
-MIN_SIDE = 16  # smaller photographs are refused, here as by proposals.py (ours)
 MIN_BOX = 8  # of a proposal to be cropped from a single view, pixels of the photograph: the least of UP-DETR's sampler
 MIN_AREA, MAX_ASPECT = 0.05, 8.0  # of a region: share of the overlap; of a random one, either way (released code)
 PAD_JITTER = 0.1  # largest shift of a repeated region, as a fraction of its side (released code)
@@ -47,7 +46,7 @@ class ViewBatch(NamedTuple):  # an item is one without the B axis and the mask; 
     valid: Tensor  # (V, B, R), False where DETReg has fewer proposals
     crops: Tensor | None  # (V, B, R, 3, 128, 128) uint8
     index: Tensor  # (B,) position in the image list
-    fallback: Tensor  # (B,) no proposal survived, the regions are random, or (DETReg) none
+    fallback: Tensor  # (B,) no proposal survived: the regions are random (DETReg: none)
     labels: Tensor | None = None  # (V, B, R) pseudo-classes, -1 for a region that has none
     x_colours: Tensor | None = None  # (V, B, 11), of draw_colour, where x is to be augmented on the device
     crop_colours: Tensor | None = None  # (V, B, R, 11)
@@ -82,6 +81,8 @@ class ViewDataset(Dataset):
             raise ValueError(f"method {method!r} has no views: choose siamese, updetr or detreg")
         if not (0 < tau <= 1 and num_regions >= 1 and 0 <= jitter < 0.5):  # from 0.5 on, jitter turns boxes inside out
             raise ValueError(f"tau {tau}, num_regions {num_regions}, jitter {jitter}: want (0, 1], 1 or more, [0, 0.5)")
+        if augment_on not in ("worker", "device"):
+            raise ValueError(f"augment_on {augment_on!r}: choose worker or device")
         if not 0 < region_nms <= 1:
             raise ValueError(f"region_nms {region_nms}: want an IoU in (0, 1]; 1 keeps all regions")
         self.images, self.proposals, self.num_regions, self.tau = images, proposals, num_regions, tau
@@ -219,7 +220,8 @@ def outer_rectangle(width, height, g):
         if 0 < w <= width and 0 < h <= height:
             x0, y0 = int(uniform(g, 0, width - w + 1)), int(uniform(g, 0, height - h + 1))
             return x0, y0, x0 + w, y0 + h
-    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))  # ten misses: the largest, centred
+    # ten misses: the largest of these aspects, centred; of a long photograph less than half (released code)
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
     x0, y0 = (width - w) // 2, (height - h) // 2
     return x0, y0, x0 + w, y0 + h
 

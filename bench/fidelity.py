@@ -2,7 +2,8 @@
 
 The features of regions (Eq. 4) and crops (Eq. 5) by the folded backbone, in float32 and in bfloat16, against those of
 the backbone as it is: cosines over all regions of --images photographs. Then two runs of pretrain.py with one seed,
-with and without --amp, and their loss curves in one picture. Trained weights matter: random ones say nothing.
+with and without --amp, and their loss curves in one picture (R-O, the demo's model). Trained weights matter: random
+ones say nothing.
 """
 
 import argparse
@@ -71,7 +72,7 @@ def cosines(flags, count):
 
 def curves(data, steps, out):
     """Mean of each loss term over the last half of both runs; draws them all."""
-    flags = [*data, *demo.MODEL, *demo.PRETRAIN, "--steps", steps, "--save-every", steps, "--log-every", 10]
+    flags = [*demo.MODEL, *demo.PRETRAIN, *data, "--steps", steps, "--save-every", steps, "--log-every", 10]
     runs = {"float32": [flag for flag in flags if flag != "--amp"], "bfloat16": flags}
     for name, words in runs.items():
         demo.run("pretrain.py", *words, "--out", out / name)

@@ -99,7 +99,7 @@ def look(out, net, batch, settings, dataset):
     ctx, told, _ = net.prepare(x, mask, rois, boxes, crops)  # Eq. (1); told: patch2query of the other view's z
     facts |= the_queries(out, det, told, R)
     answer = net(x, mask, rois, boxes, crops)  # Eq. (6)-(8), (11)
-    looked = cross_attention(det, lambda: net.answer(ctx, told))
+    looked = cross_attention(det, lambda: net.look(ctx, told))
     facts |= the_attention(out, batch, ctx, answer.pred, looked)
     facts |= the_predictions(out, batch, answer.pred, net, dataset)
     terms, _ = losses.pretext_losses(net, answer, batch, settings.match)

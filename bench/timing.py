@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).parent / "results" / "speed.jsonl"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "speed.jsonl"
 
 
 def paired(contestants, rounds, threads):
@@ -55,5 +56,5 @@ def record(entry):
 
 def git(*words):
     """What git says of this folder; nothing where there is no repository."""
-    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False, cwd=RESULTS.parents[2])
+    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False, cwd=HERE.parent)
     return done.stdout.strip()

@@ -185,7 +185,8 @@ class Study:
                 line["grid"] = self.evaluate(run, folder)
             for path in (folder / "best.pt", *sorted(folder.glob("step-*.pt"))[: -1 if run.seed == 0 else None]):
                 path.unlink(missing_ok=True)  # a finished run is known by its line; seed 0's is kept for pictures
-        self.record(run, folder, log[0], line)
+        with self.lock:  # other threads read and write the same lines
+            self.record(run, folder, log[0], line)
 
     def record(self, run, folder, first, line):
         rows = self.lines.get(run.name, {}).get("rows", [])
@@ -198,8 +199,7 @@ class Study:
             "seed": run.seed, "init": run.init, "lr": run.rate, "length": length(run.flags), "settings": settings,
             "commit": first["commit"], "machine": machine(), "date": time.strftime("%F"),
             "cpu_seconds": round(seconds), **line}  # fmt: skip
-        with self.lock:
-            self.write()
+        self.write()
         left = [r for r in self.todo if r.name not in self.lines]
         result = f"AP {100 * line['AP']:.1f}" if "AP" in line else f"IoU gain {line.get('iou_gain', float('nan')):.3f}"
         print(f"[{len(self.runs) - len(left)}/{len(self.runs)}] {run.name}  {seconds / 60:.1f} CPU-min  {result}; "

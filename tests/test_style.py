@@ -20,7 +20,7 @@ MAY_IMPORT = {  # at module level; scripts may import any library file
 
 
 BUDGET = {  # lines; a file that outgrows its own loses something first, or this table says in a commit why not
-    "backbone": 115, "clusters": 75, "colour": 105, "convert": 480, "data": 530, "detectors": 440, "finetune": 480,
+    "backbone": 115, "clusters": 75, "colour": 105, "convert": 480, "data": 530, "detectors": 445, "finetune": 480,
     "formats": 510, "losses": 260, "metrics": 120, "model": 640, "plots": 360, "pretrain": 440, "proposals": 520,
     "runtime": 370, "toyset": 130, "views": 380,
 }  # fmt: skip
@@ -113,7 +113,7 @@ def test_flags_are_frozen(script):
     assert sorted(re.findall(r'(?:add|add_argument)\(\s*"--([a-z0-9-]+)"', text)) == FLAGS[script].split()
 
 
-@pytest.mark.parametrize("name", ["model", "backbone", "detectors", "losses", "views", "ops/deform_attn"])
+@pytest.mark.parametrize("name", ["model", "backbone", "detectors", "losses", "views", "colour", "ops/deform_attn"])
 def test_shapes_use_the_letters_of_the_readme(name):
     """A shape is a list in brackets such as (V*B, R, 4); each of its letters stands in the README's table."""
     table = re.search(r"Shapes: (.*?)\n\n", (ROOT / "README.md").read_text(), re.S)[1]
