@@ -484,7 +484,7 @@ def build_detector(variant, num_classes=91, **overrides):
     if variant not in VARIANTS:
         raise ValueError(f"--variant {variant!r}: choose one of {', '.join(VARIANTS)}")
     row = VARIANTS[variant]
-    build = {
+    build = {  # sizes: paper Sec. 4.1
         "backbone": "resnet50", "stride": 32, "hidden_dim": 256, "heads": 8, "enc_layers": 6, "dec_layers": 6,
         "ffn_dim": None, "num_queries": row.num_queries, "dropout": row.dropout,
         "pre_norm": False, "box_refine": False, "patterns": 0,
