@@ -17,7 +17,7 @@ walkthrough: .venv/installed
 	$(PY) -m bench.walkthrough --out runs/docs/walkthrough
 
 test: .venv/installed check
-	$(PY) -m pytest -m "not slow and not gpu"
+	$(PY) -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-slow: .venv/installed
 	$(PY) -m pytest -m "slow and not gpu"
