@@ -11,8 +11,10 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 import zipfile
 from contextlib import contextmanager
 from datetime import timedelta
@@ -27,6 +29,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+PATIENCE = timedelta(minutes=30)  # PyTorch's own for gloo: rank 0 alone makes a report, the others wait
 STOPPED = 75  # exit code after a signal, state saved: EX_TEMPFAIL of sysexits.h, "try again later"
 
 
@@ -49,11 +52,39 @@ def setup(device_flag="auto"):
             torch.cuda.set_device(device)
         if world > 1:  # gloo also beside nccl: numbers of the host are summed without a wait for the device
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    except (RuntimeError, ValueError) as error:
+            common = {"store": _store_of_this_attempt(rank), "rank": rank, "world_size": world}
+            dist.init_process_group(backend, timeout=PATIENCE, **common)
+    except (RuntimeError, ValueError, KeyError) as error:
         process = f"process {rank} of {world} on {device}"
         raise ValueError(f"{process}: {sentence(error)}; start by torchrun, a GPU each") from error
     return Run(device, rank, world)
+
+
+def _store_of_this_attempt(rank):
+    """Where the processes leave their addresses for each other: a store that began with this start of torchrun's.
+
+    torchrun keeps one store over all its restarts (torch 2.14), in which gloo finds the addresses of processes that are
+    dead. Its count of restarts is no way to tell them apart, since nodes count their own. So rank 0 opens another store
+    and leaves the port in torchrun's; a port left by a dead rank 0 refuses the connection, and is read again.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # not torchrun's: rank 0 opens the store itself
+        return dist.TCPStore(host, port, is_master=rank == 0, timeout=PATIENCE, wait_for_workers=False)
+    shared = dist.TCPStore(host, port, timeout=PATIENCE)
+    if rank == 0:
+        own = dist.TCPStore(host, 0, is_master=True, timeout=PATIENCE, wait_for_workers=False)
+        shared.set("port of rank 0", str(own.port))
+        return own
+    end = time.monotonic() + PATIENCE.total_seconds()
+    while True:
+        port = int(shared.get("port of rank 0"))
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return dist.TCPStore(host, port, timeout=PATIENCE)
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
 
 
 def close():
