@@ -134,7 +134,7 @@ def main(argv=None):
             look = export_proposals if args.export_proposals else predict
             job = look if args.predict else evaluate_file if args.eval_only else train
             Path(args.out).mkdir(parents=True, exist_ok=True)
-            return job(args, runtime.setup(args.device), stop)
+            return job(args, runtime.setup(args.device, args.amp), stop)
     except (ValueError, OSError, RuntimeError) as error:
         return runtime.failed("finetune.py", error)
     finally:

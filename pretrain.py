@@ -155,7 +155,7 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         with runtime.stop_on_signals() as stop:
-            return pretrain(args, runtime.setup(args.device), stop)
+            return pretrain(args, runtime.setup(args.device, args.amp), stop)
     except (ValueError, OSError, RuntimeError) as error:
         return runtime.failed("pretrain.py", error)
     finally:

@@ -39,8 +39,11 @@ class Run(NamedTuple):
     world: int
 
 
-def setup(device_flag="auto"):
-    """Join the processes torchrun started, or be the only one -> Run; ValueError if the device or group is missing."""
+def setup(device_flag="auto", amp=False):
+    """Join the processes torchrun started, or be the only one -> Run; ValueError if the device or group is missing.
+
+    amp: the run wants bfloat16; a warning says so where that is slower than float32.
+    """
     if device_flag not in ("auto", "cpu", "cuda"):
         raise ValueError(f"--device {device_flag}: not auto, cpu or cuda (choose a GPU by CUDA_VISIBLE_DEVICES)")
     if device_flag == "cuda" and not torch.cuda.is_available():
@@ -54,10 +57,19 @@ def setup(device_flag="auto"):
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             common = {"store": _store_of_this_attempt(rank), "rank": rank, "world_size": world}
             dist.init_process_group(backend, timeout=PATIENCE, **common)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError) as error:
         process = f"process {rank} of {world} on {device}"
         raise ValueError(f"{process}: {sentence(error)}; start by torchrun, a GPU each") from error
+    if amp and rank == 0 and not bfloat16_pays(device):
+        tqdm.write("warning: this machine has no bfloat16 instructions, --amp is many times slower than without")
     return Run(device, rank, world)
+
+
+def bfloat16_pays(device):
+    """Whether `device` computes in bfloat16 itself; others emulate it at many times the cost."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()  # what torch.compile asks
 
 
 def _store_of_this_attempt(rank):
@@ -67,6 +79,9 @@ def _store_of_this_attempt(rank):
     dead. Its count of restarts is no way to tell them apart, since nodes count their own. So rank 0 opens another store
     and leaves the port in torchrun's; a port left by a dead rank 0 refuses the connection, and is read again.
     """
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} not set beside WORLD_SIZE")
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # not torchrun's: rank 0 opens the store itself
         return dist.TCPStore(host, port, is_master=rank == 0, timeout=PATIENCE, wait_for_workers=False)

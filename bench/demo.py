@@ -13,7 +13,10 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 import plots
+import runtime
 from data import load_image
 from proposals import Cache
 
@@ -22,7 +25,7 @@ MODEL = ["--variant", "conditional", "--backbone", "mobilenet_v2", "--stride", 1
          "--enc-layers", 2, "--dec-layers", 3, "--num-queries", 30, "--dropout", 0]  # fmt: skip
 # R-O targets: the crops of R-C, the default, would take half of the time. Group matching: the README says why.
 PRETRAIN = ["--region-stride", 16, "--region-target", "roi", "--match", "group", "--resolution", 192,
-            "--batch-size", 8, "--lr", 3e-4, "--workers", 1, "--amp", "--log-every", 50]  # fmt: skip
+            "--batch-size", 8, "--lr", 3e-4, "--workers", 1, "--log-every", 50]  # fmt: skip
 FINETUNE = ["--backbone-weights", "auto", "--resolution", 192, "--batch-size", 8, "--lr", 3e-4, "--lr-backbone", 0,
             "--workers", 1, "--log-every", 20]  # fmt: skip
 
@@ -34,12 +37,13 @@ def main(argv=None):
     args = p.parse_args(argv)
     out, began = Path(args.out), time.time()
     steps, images, epochs, every = (60, 80, 2, 1) if args.quick else (800, 600, 20, 2)
+    amp = ["--amp"] if runtime.bfloat16_pays(torch.device("cpu")) else []
     toy, boxes, pre = out / "toy", out / "proposals", out / "pretrain"
 
     run("data.py", "toy", toy, "--unlabelled", images)
     run("proposals.py", toy / "unlabelled", boxes, "--workers", 2)
     run("pretrain.py", "--data", toy / "unlabelled", "--proposals", boxes, "--out", pre, "--steps", steps,
-        "--save-every", steps // 4, *MODEL, *PRETRAIN)  # fmt: skip
+        "--save-every", steps // 4, *MODEL, *PRETRAIN, *amp)  # fmt: skip
     checkpoint = sorted(pre.glob("step-*.pt"))[-1]
     finetune = ["--train", toy / "train.json", "--val", toy / "val.json", "--epochs", epochs, "--drop-epoch", epochs,
                 "--eval-every", every, *FINETUNE]  # fmt: skip

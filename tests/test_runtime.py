@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -189,6 +190,35 @@ print("done", run)
         for p in ranks:
             p.kill()
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 3, "rank": 0}\n'
+
+
+def test_restarted_processes_do_not_look_for_those_that_died():
+    """torchrun keeps its store over restarts; who comes first to the second start finds the addresses of the first."""
+    code = "import runtime, time, torch; runtime.setup('cpu'); print(runtime.sum_over_ranks(torch.ones(1)), flush=True)"
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "WORLD_SIZE": 2}
+    group["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    for order in ((0, 1), (1, 0), (0, 1)):
+        ranks = []
+        for rank in order:
+            ranks.append(start_python(code + "; time.sleep(60)", RANK=rank, LOCAL_RANK=rank, **group))
+            time.sleep(0 if ranks[1:] else 6)  # the first one has gone to look
+        timer = threading.Timer(30, lambda these: [p.kill() for p in these], [ranks])  # then their lines are empty
+        timer.start()
+        met = [p.stdout.readline() for p in ranks]
+        timer.cancel()
+        for p in ranks:
+            p.kill()
+        assert met == ["tensor([2.])\n"] * 2, [p.stderr.read() for p in ranks]
+
+
+def test_bfloat16_where_it_is_emulated_is_said(monkeypatch, capsys):
+    for pays in (False, True):
+        monkeypatch.setattr(runtime, "bfloat16_pays", lambda device, pays=pays: pays)
+        runtime.setup("cpu", amp=True)
+        assert ("no bfloat16" in capsys.readouterr().out) is not pays
+    runtime.setup("cpu")
+    assert not capsys.readouterr().out
 
 
 def test_failed_says_one_sentence_and_lets_errors_of_our_own_through(capsys):
