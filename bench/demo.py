@@ -25,7 +25,8 @@ MODEL = ["--variant", "conditional", "--backbone", "mobilenet_v2", "--stride", 1
          "--enc-layers", 2, "--dec-layers", 3, "--num-queries", 30, "--dropout", 0]  # fmt: skip
 # R-O targets: the crops of R-C, the default, would take half of the time. Group matching: the README says why.
 PRETRAIN = ["--region-stride", 16, "--region-target", "roi", "--match", "group", "--resolution", 192,
-            "--batch-size", 8, "--lr", 3e-4, "--workers", 1, "--log-every", 50]  # fmt: skip
+            "--batch-size", 8, "--lr", 3e-4, "--workers", 0, "--log-every", 50]  # fmt: skip
+TOGETHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", min(os.cpu_count(), 2)]  # torchrun
 FINETUNE = ["--backbone-weights", "auto", "--resolution", 192, "--batch-size", 8, "--lr", 3e-4, "--lr-backbone", 0,
             "--workers", 1, "--log-every", 20]  # fmt: skip
 
@@ -42,7 +43,7 @@ def main(argv=None):
 
     run("data.py", "toy", toy, "--unlabelled", images)
     run("proposals.py", toy / "unlabelled", boxes, "--workers", 2)
-    run("pretrain.py", "--data", toy / "unlabelled", "--proposals", boxes, "--out", pre, "--steps", steps,
+    run(*TOGETHER, "pretrain.py", "--data", toy / "unlabelled", "--proposals", boxes, "--out", pre, "--steps", steps,
         "--save-every", steps // 4, *MODEL, *PRETRAIN, *amp)  # fmt: skip
     checkpoint = sorted(pre.glob("step-*.pt"))[-1]
     finetune = ["--train", toy / "train.json", "--val", toy / "val.json", "--epochs", epochs, "--drop-epoch", epochs,
@@ -61,19 +62,20 @@ def main(argv=None):
     return 0
 
 
-def start(script, *flags):
-    command = [sys.executable, str(ROOT / script), *map(str, flags)]
-    print("$ python", script, *flags, flush=True)
+def start(*words):
+    command = [sys.executable, *(str(ROOT / word) if str(word).endswith(".py") else str(word) for word in words)]
+    print("$ python", *words, flush=True)
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})  # two processes on two cores
 
 
 def finish(process):
     if process.wait():
-        sys.exit(f"demo: {Path(process.args[1]).name} failed with exit code {process.returncode}")
+        script = next(word for word in process.args[1:] if word.endswith(".py"))
+        sys.exit(f"demo: {Path(script).name} failed with exit code {process.returncode}")
 
 
-def run(script, *flags):
-    finish(start(script, *flags))
+def run(*words):
+    finish(start(*words))
 
 
 def table(points):
