@@ -49,10 +49,10 @@ def change_colour(image, colour):
 
 @torch.no_grad()
 def change_colours(x, colours, mask=None):
-    """Apply `colours` (..., 11) to x (..., 3, H, W) uint8, each image by its own row, as `change_colour` does.
+    """Apply `colours` (..., 11) to x (..., 3, H0, W0) uint8, each image by its own row, as `change_colour` does.
 
-    mask: (..., H, W), True = padding, at the bottom and right; it stays 0 and nothing is computed from it. No loop over
-    images and no wait for the device: hue changes once in an image, after some of the three affine steps.
+    mask: (..., H0, W0), True = padding, at the bottom and right; it stays 0 and nothing is computed from it. No loop
+    over images and no wait for the device: hue changes once in an image, after some of the three affine steps.
     """
     shape, x, colours = x.shape, x.flatten(0, -4).float(), colours.flatten(0, -2).to(x.device, torch.float32)
     inside = x.new_ones(len(x), 1, *shape[-2:]) if mask is None else (~mask.flatten(0, -3)).unsqueeze(1).float()
@@ -70,16 +70,17 @@ def change_colours(x, colours, mask=None):
 
 
 def luma(x):
-    return LUMA[0] * x[:, :1] + LUMA[1] * x[:, 1:2] + LUMA[2] * x[:, 2:]
+    r, g, b = x.split(1, 1)
+    return r + LUMA[1] * (g - r) + LUMA[2] * (b - r)  # LUMA adds up to 1; so grey stays what it is, to the last bit
 
 
 def affine_step(x, step, factors, on, inside):
-    """f x + (1 - f) (black | mean grey | grey) where `on`; step, factors and on are (N, 1, 1, 1), a row per image."""
+    """f x + (1 - f) (black | mean grey | grey) where `on`; step, factors and on are (B, 1, 1, 1), a row per image."""
     factor = sum((step == i) * factor for i, factor in enumerate(factors))
     grey = luma(x)
     mean = (grey * inside).sum((2, 3), keepdim=True) / inside.sum((2, 3), keepdim=True)
     other = (step == 1) * mean + (step == 2) * grey
-    return torch.where(on > 0, (factor * x + (1 - factor) * other).clamp(0, 255).floor(), x)
+    return torch.where(on > 0, (other + factor * (x - other)).clamp(0, 255).floor(), x)  # exact where x == other
 
 
 def turn_hue(x, turn):
@@ -93,13 +94,17 @@ def turn_hue(x, turn):
 
 
 def blur(x, sigma, inside):
-    """Gaussian blur of each image by its sigma (N, 1, 1, 1); beyond its last row and column these are repeated."""
-    N, C = x.shape[:2]
+    """Gaussian blur of each image by its sigma (B, 1, 1, 1); beyond its last row and column these are repeated."""
+    B, channels = x.shape[:2]
     reach = torch.arange(-REACH, REACH + 1, device=x.device)
-    kernel = (-0.5 * (reach / sigma.view(N, 1, 1, 1)) ** 2).softmax(-1).repeat_interleave(C, 0)  # (N*C, 1, 1, 13)
+    kernel = (
+        (-0.5 * (reach / sigma.view(B, 1, 1, 1)) ** 2).softmax(-1).repeat_interleave(channels, 0)
+    )  # (B*3, 1, 1, 13)
     for _ in range(2):  # along columns, then along rows
         x, inside = x.mT, inside.mT
-        last = inside.amax(2, keepdim=True).sum(3, keepdim=True).long() - 1  # (N, 1, 1, 1)
+        last = inside.amax(2, keepdim=True).sum(3, keepdim=True).long() - 1  # (B, 1, 1, 1)
         at = torch.arange(-REACH, x.shape[3] + REACH, device=x.device).clamp(min=0).minimum(last)
-        x = F.conv2d(torch.take_along_dim(x, at, 3).flatten(0, 1)[None], kernel, groups=N * C)[0].unflatten(0, (N, C))
+        x = F.conv2d(torch.take_along_dim(x, at, 3).flatten(0, 1)[None], kernel, groups=B * channels)[0].unflatten(
+            0, (B, channels)
+        )
     return x

@@ -245,7 +245,7 @@ def detect_settings(state):
     settings = {
         "variant": variant,
         "backbone": backbone_name(state),
-        "stride": (16 if channels in STRIDE_16 else 32) if channels and variant != "deformable-ms" else None,
+        "stride": (16 if channels in STRIDE_16 else 32) if channels and (levels or 1) == 1 else None,
         "hidden_dim": size("transformer.decoder.layers.0.norm1.weight"),
         "enc_layers": layer_count(state, "encoder"),
         "dec_layers": layer_count(state, "decoder"),
@@ -307,6 +307,7 @@ def read_weights(path):
     else:
         loaded = read_torch(path)
     loaded = loaded if isinstance(loaded, dict) else {}
+    refuse_other_networks(path, loaded.get("args"))
     meta = loaded.get("meta", meta)
     tensors = next((loaded[key] for key in WRAPPERS if key in loaded), loaded)
     if not isinstance(tensors, dict) or not tensors:
@@ -316,7 +317,28 @@ def read_weights(path):
         raise ValueError(f"{path} has entries that are not named tensors, {few(strange)}: save model.state_dict()")
     wrapped = all(name.startswith("module.") for name in tensors)  # saved from DistributedDataParallel
     tensors = {name.removeprefix("module.") if wrapped else name: tensor.detach() for name, tensor in tensors.items()}
-    return tensors, meta if isinstance(meta, dict) else {}
+    return tensors, checked_meta(path, meta)
+
+
+def checked_meta(path, meta):
+    """What a file says about itself, {} where it says nothing. ValueError where no script of ours has written it."""
+    meta = meta if isinstance(meta, dict) else {}
+    classes = meta.get("classes") or []
+    pairs = isinstance(classes, (list, tuple)) and all(isinstance(c, (list, tuple)) and len(c) == 2 for c in classes)
+    if not isinstance(meta.get("build", {}), dict) or not pairs:
+        raise ValueError(
+            f"{path}: its meta holds no settings of a detector or no classes: save it again by our scripts"
+        )
+    return meta
+
+
+def refuse_other_networks(path, args):
+    """ValueError where an official file's args tell of a network that its tensors look like, but are not of."""
+    args = vars(args) if isinstance(args, argparse.Namespace) else {}
+    if args.get("dilation"):
+        raise ValueError(f"{path} was trained with --dilation (DC5), which is not built here: use a file without")
+    if args.get("nheads", 8) != 8:
+        raise ValueError(f"{path} was trained with --nheads {args['nheads']}, and only 8 are read: use another file")
 
 
 def read_torch(path):
@@ -399,7 +421,7 @@ def empty_detector(path, state, settings, classes):
     head = next((t for name, t in state.items() if name.startswith("class_embed.") and t.dim() == 2), None)
     if head is None:
         raise ValueError(f"{path} comes from pretraining and has no class head: fine-tune it first, or --to official")
-    K = len(head) - (settings["variant"] == "vanilla")
+    K = len(head) - VARIANTS[settings["variant"]].softmax
     with torch.device("meta"):
         detector = build_detector(**settings | {"num_classes": K})
     refuse_misfit(path, state, detector.state_dict(), settings, detector.settings)

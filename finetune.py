@@ -33,7 +33,7 @@ import plots
 import proposals
 import runtime
 from metrics import METRICS, evaluate, table
-from model import METHODS, VARIANTS, build_detector
+from model import METHODS, VARIANTS, build_detector, objectness
 
 
 class Recipe(NamedTuple):
@@ -121,6 +121,10 @@ def parse_args(argv=None):
     needed["predict"] = args.export_proposals
     for name in [name for name, need in needed.items() if need and not getattr(args, name)]:
         p.error(f"--{name} is needed here; see --help")
+    if args.export_proposals and args.limit:
+        p.error("--limit with --export-proposals: the cache of a part would fit no --data of pretrain.py")
+    if not 0 < args.fraction <= 1:
+        p.error(f"--fraction {args.fraction}: give a share in (0, 1]")
     counts = "limit overfit epochs batch_size micro_batch log_every eval_every save_every keep_every resolution".split()
     for name in [name for name in counts if getattr(args, name) is not None and getattr(args, name) < 1]:
         p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least 1")
@@ -130,11 +134,14 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     try:
-        with runtime.stop_on_signals() as stop:
+        for folder in (Path(args.out), Path(args.save_json or args.out).parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        run = runtime.setup(args.device, args.amp)
+        if args.predict or args.eval_only:  # a signal ends these at once: there is nothing to save
             look = export_proposals if args.export_proposals else predict
-            job = look if args.predict else evaluate_file if args.eval_only else train
-            Path(args.out).mkdir(parents=True, exist_ok=True)
-            return job(args, runtime.setup(args.device, args.amp), stop)
+            return look(args, run) if args.predict else evaluate_file(args, run)
+        with runtime.stop_on_signals() as stop:
+            return train(args, run, stop)
     except (ValueError, OSError, RuntimeError) as error:
         return runtime.failed("finetune.py", error)
     finally:
@@ -156,7 +163,7 @@ def train(args, run, stop):
     detector = open_detector(args, run, build, classes, source, resume=bool(found))
     optimizer = torch.optim.AdamW(parameter_groups(detector, args), weight_decay=args.weight_decay, fused=True)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    weights = {"class": detector.row.weight_class, "l1": 5.0, "giou": 2.0}  # released code, all variants
+    weights = {"class": detector.row.weight_class, "l1": 5.0, "giou": 2.0}  # the official repositories
     weights |= {f"dn_{k}": w for k, w in weights.items()} if detector.row.denoise else {}
 
     # --- schedule: an epoch ends with the step that takes its last image
@@ -346,8 +353,8 @@ def check_classes(classes, annotations):
             raise ValueError(f"category {number} ({name}) of --val is no class of the detector: that has {have}")
 
 
-def evaluate_file(args, run, stop):
-    """--eval-only: the 12 numbers and AP per class of --init on --val, and the detections as COCO results."""
+def evaluate_file(args, run):
+    """--eval-only: the numbers of --metric and AP per class of --init on --val, and the detections as COCO results."""
     detector, _ = load_detector(args.init, args)
     detector.to(run.device).fold_backbone(torch.bfloat16 if args.amp else torch.float32)
     val = data.DetectionSet(labelled(args, args.val, "test"), False, args.resolution or detector.resolution)
@@ -384,15 +391,17 @@ def detect_all(detector, dataset, classes, run, args):
              "bbox": [x0, y0, x1 - x0, y1 - y0]} for i, k, score, x0, y0, x1, y1 in rows]  # fmt: skip
 
 
-def predict(args, run, stop):
+def predict(args, run):
     """--predict: a picture of each image with what is detected in it, and with --save-json a list of all that."""
     detector, classes = load_detector(args.init, args)
     detector.to(run.device).resolution = args.resolution or detector.resolution
+    detector.fold_backbone(torch.bfloat16 if args.amp else torch.float32)
     paths = [str(images.root / name) for images in map(data.list_images, args.predict) for name in images.paths]
     found, out = [], Path(args.out)
     for i, path in enumerate(tqdm(paths[: args.limit], "predict")):
         image = data.load_image(path)
-        detections = detect(detector, classes, image, args.threshold)
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=args.amp):
+            detections = detect(detector, classes, image, args.threshold)
         labels, scores, boxes_xyxy = ([row[k] for row in detections] for k in range(3))
         plots.save_detections(out / f"{i:04d}-{Path(path).stem}.png", image, boxes_xyxy, labels, scores, args.threshold)
         found += [{"file_name": path, "category": name, "score": score, "bbox": [x0, y0, x1 - x0, y1 - y0]}
@@ -404,7 +413,7 @@ def predict(args, run, stop):
 
 
 @torch.no_grad()
-def export_proposals(args, run, stop):
+def export_proposals(args, run):
     """--export-proposals: boxes that --init is sure of, whatever their class, for a round of self-training (SimDETR).
 
     A fine-tuned detector's or a pretrained one's; the latter was always told a region and, but for DETReg's, may know
@@ -413,7 +422,7 @@ def export_proposals(args, run, stop):
     if len(args.predict) > 1:
         raise ValueError("--export-proposals writes the cache of one folder, list file or json: give one to --predict")
     tensors, meta = convert.read_weights(Path(args.init))
-    method = None if meta.get("classes") else meta.get("method")
+    method = None if meta.get("classes") else METHODS.get(meta.get("method"))
     if method:
         detector = build_detector(**meta["build"])
         (outputs,) = {len(v) for name, v in tensors.items() if re.fullmatch(r"class_embed\.(\d+\.)?bias", name)}
@@ -423,18 +432,16 @@ def export_proposals(args, run, stop):
     else:
         detector, _ = load_detector(args.init, args)
     detector.eval().to(run.device).resolution = args.resolution or detector.resolution
+    detector.fold_backbone(torch.bfloat16 if args.amp else torch.float32)
+    softmax, first = detector.row.softmax or bool(method and method.softmax), method.first if method else 0
     images = data.list_images(args.predict[0])
-    images = images._replace(paths=images.paths[: args.limit])
 
     def boxes():
         for path in tqdm(images.paths, "propose", unit="image"):
             image = data.load_image(images.root / path)
-            pred, size = look_at(detector, image), torch.tensor(image.size * 2)
-            p = pred.logits[-1, 0].float()
-            if method and METHODS[method].first:  # a softmax with an unused column before the objects
-                score = p.softmax(-1)[:, 1:-1].sum(-1)  # all but "unused" and "nothing"
-            else:
-                score = p.softmax(-1)[:, :-1].amax(-1) if detector.row.softmax else p.sigmoid().amax(-1)
+            with torch.autocast(run.device.type, torch.bfloat16, enabled=args.amp):
+                pred, size = look_at(detector, image), torch.tensor(image.size * 2)
+            score = objectness(pred.logits[-1, 0], softmax, first)
             order = score.argsort(descending=True)
             boxes_xyxy = box_convert(pred.boxes[-1, 0].float().cpu(), "cxcywh", "xyxy").clamp(0, 1) * size
             yield image.size, boxes_xyxy[order.cpu()].numpy(), score[order].cpu().numpy()

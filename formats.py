@@ -14,6 +14,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from model import VARIANTS
+
 BODY = "backbone.0.body."  # what every official detector puts before torchvision's names
 SIZES = {  # blocks, their number by stage and the channels of the first stage
     "resnet18": ("basic", [2, 2, 2, 2], 64), "resnet34": ("basic", [3, 4, 6, 3], 64),
@@ -238,12 +240,16 @@ def hf_memory_rows(family):
 
 
 def family_of(variant):
-    return "dab" if variant == "dn" else variant.split("-")[0]
+    """Under which name the tables here have a variant. Raises ValueError on one that they lack."""
+    family = "dab" if variant == "dn" else variant.split("-")[0]
+    if family not in HF_CLASSES:
+        raise ValueError(f"variant {variant} has no names in Hugging Face's or detrex's layout: use --to official")
+    return family
 
 
 def hf_backbone(settings, native):
     """The lines of config.json about the backbone. Raises ValueError on one that transformers does not have."""
-    name, stride = settings["backbone"], 8 if settings["variant"] == "deformable-ms" else settings["stride"]
+    name, stride = settings["backbone"], 8 if VARIANTS[settings["variant"]].levels > 1 else settings["stride"]
     if name not in SIZES:  # it replaces timm's norms by frozen ones, and MobileNetV2's activations go with them
         raise ValueError(f"transformers' detectors cannot run {name}, only ResNets: use --to export for that")
     if not native and stride == 16:  # with timm, transformers 4 and 5 disagree about its names
@@ -279,7 +285,7 @@ def to_hf(state, settings, native=False, memory=False):
 
 def with_alias(state, settings):
     """The state with the second name of its box heads, where the decoder of official and other code owns them too."""
-    if family_of(settings["variant"]) != "dab" and not settings["box_refine"]:
+    if not VARIANTS[settings["variant"]].anchors and not settings["box_refine"]:
         return dict(state)
     heads = [name for name in state if name.startswith("bbox_embed.")]
     return state | {f"transformer.decoder.{name}": state[name] for name in heads}
@@ -321,7 +327,7 @@ def hf_config(settings, names, native=False):
         config |= {f"{part}_layers": settings[f"{part[:3]}_layers"], f"{part}_ffn_dim": settings["ffn_dim"]}
         config[f"{part}_attention_heads"] = settings["heads"]
     if family == "deformable":
-        levels = 4 if settings["variant"] == "deformable-ms" else 1
+        levels = VARIANTS[settings["variant"]].levels
         config |= {"num_feature_levels": levels, "with_box_refine": settings["box_refine"]}
     if family == "dab":
         config["num_patterns"] = 1 if settings["variant"] == "dn" else settings["patterns"]

@@ -23,7 +23,7 @@ from torchvision.ops import box_convert, sigmoid_focal_loss
 NO_OBJECT = 0.1  # weight of the last class of the softmax head in the cross-entropy: DETR, released code
 ALPHA, GAMMA = 0.25, 2.0  # focal loss and focal matching cost: Conditional and Deformable DETR
 UNUSABLE = 1e6  # ours: cost of a NaN or infinite prediction, far above any real cost, so that it is matched last
-MIN_AREA = 1e-12  # ours: keeps 0 / 0 away when both boxes are points; a pixel of a 10,000-pixel image has area 1e-8
+MIN_AREA = 1e-12  # ours: keeps 0 / 0 away when both boxes are points; a pixel of a 10,000 x 10,000 image has area 1e-8
 PRETEXT_WEIGHTS = {"class": 1.0, "l1": 5.0, "giou": 2.0}  # released code; a recipe adds "region" (w_f), "global" (w_g)
 
 
@@ -234,7 +234,7 @@ def focal(logits, classes):
 
 
 def generalized_iou(a, b):
-    """GIoU of cxcywh boxes that broadcast, (..., 4) -> (...), exact for boxes of any positive size.
+    """GIoU of cxcywh boxes that broadcast, (..., 4) -> (...), exact for boxes of side 1e-6 and more.
 
     Stands in for torchvision's: generalized_box_iou takes all pairs of two flat lists, generalized_box_iou_loss waits
     for the device and adds 1e-7 to areas in [0, 1], a 10 % error for a box of side 0.001.

@@ -52,11 +52,12 @@ class Pretext(nn.Module):
     """What Siamese DETR, UP-DETR and DETReg share: a detector, features of regions, and the head that predicts them.
 
     A method says in `prepare` what a query is told (z) and what it should predict (p), and nothing else but its heads.
-    `losses.pretext_losses` reads the class attributes. Columns of the softmax heads: 0 unused (released code), one for
-    each pseudo-class, `other` (a region without one: all of them where there are none), and last "nothing".
+    `losses.pretext_losses` reads the class attributes. Columns of the softmax heads: `first` unused ones (one in the
+    released code, none in DETReg), one for each pseudo-class, `other` (a region without one: all of them where there
+    are none), and last "nothing".
     """
 
-    num_regions = 10  # of a view: default of --num-regions
+    num_regions = 10  # n of Sec. 3.2, the overlap included: default of --num-regions
     asks = True  # a query is told a region, z
     cosine = True  # features are compared by Eq. (12) in all layers, else by their L1 distance in the last
     softmax, cost_class, weight_class = True, 1.0, 1.0  # the class loss, its matching cost and weight
@@ -77,7 +78,7 @@ class Pretext(nn.Module):
         self.region_strides = detector.strides if region_stride is None else (region_stride,)
         self.crop_strides = detector.strides if len(detector.strides) > 1 else (32,)  # multi-scale joins three levels
         self.centred, self.plain_mean = centre_features, plain_mean
-        self.projector = self.predictor = self.consistency = None
+        self.f_sem = self.projector = self.predictor = self.consistency = None
         self.make_heads(use_global, consistency)
 
     def dim(self, strides):
@@ -103,6 +104,7 @@ class Pretext(nn.Module):
         return self.detector.decode(ctx, z=z)
 
     def encode(self, h, mask):
+        """Eq. (1) on the maps that the detector reads: h {stride: (B, D, H, W)}, mask (B, H0, W0) -> Context."""
         return self.detector.encode([h[s] for s in self.detector.strides], mask)
 
     def region_features(self, h, boxes, mask):
@@ -145,7 +147,10 @@ class Siamese(Pretext):
             self.consistency = MLP(C, C, C, 2)  # SeqCo-DETR's idea, ours in form: see losses.pretext_losses
 
     def prepare(self, x, mask, rois, boxes=None, crops=None):
-        """Both views as one batch of 2B: context c, query input z from the other view's regions, their features p."""
+        """Both views as one batch of 2B: context c, query input z from the other view's regions, their features p.
+
+        Arguments as in `forward` -> Context, patch2query(z) (2B, R, C), p (2B, R, D) or None.
+        """
         with torch.no_grad():  # "only the forward pass is involved in preparations"
             h = self.detector.features(x, {*self.detector.strides, *self.region_strides})
             z = self.centre_z(self.region_features(h, rois, mask))  # Eq. (4), (2B, R, D)
@@ -209,7 +214,8 @@ class UPDETR(Pretext):
 class DETReg(Pretext):
     """Find the proposals of an image and embed what they show, without being told where (DETReg, CVPR 2022)."""
 
-    num_regions, asks, cosine, first = 30, False, False, 0
+    num_regions, asks, cosine, first = 30, False, False, 0  # 30: DETReg, released code
+    softmax = False  # but that of the detector, see make_heads
 
     def make_heads(self, *_):
         det, C = self.detector, self.detector.hidden_dim
@@ -230,6 +236,12 @@ class DETReg(Pretext):
 
 
 METHODS = {"siamese": Siamese, "updetr": UPDETR, "detreg": DETReg}
+
+
+def objectness(logits, softmax, first=0):
+    """How sure each query is of an object of any class: (..., K) -> (...). `first` columns of a softmax are unused."""
+    logits = logits.float()
+    return logits.softmax(-1)[..., first:-1].sum(-1) if softmax else logits.sigmoid().amax(-1)
 
 
 def swap_views(x):
@@ -255,7 +267,7 @@ class Variant:
     ffn_dim: int = 2048
     dropout: float = 0.1
     temperature: float = 10000.0  # of the image's sine encoding
-    offset: float = 0.0  # added to its cell counts
+    offset: float = 0.0  # added to its cell counts (official Deformable; released pretraining has none)
     eps: float = 1e-5  # of the inverse sigmoid
     cost_class: float = 2.0  # matcher; L1 costs 5 and GIoU 2 everywhere
     weight_class: float = 2.0  # loss; L1 weighs 5 and GIoU 2 everywhere
@@ -431,7 +443,7 @@ class DETR(nn.Module):
     def _prepend_noisy(self, dn, content, anchor):
         """Put DN-DETR's queries before the matching ones -> content, anchors (B, P + N, .) and the attention mask.
 
-        Blocked: everyone may see the matching queries, nobody else's group of noisy targets.
+        The mask is True where a query may not look: all see the matching queries, a group of noisy targets only itself.
         """
         noisy = torch.cat([self.label_enc(dn.noisy_labels), torch.ones_like(dn.noisy_boxes[..., :1])], -1)
         noisy = noisy * dn.valid.unsqueeze(-1)
@@ -479,7 +491,7 @@ def build_detector(variant, num_classes=91, **overrides):
 
     overrides: backbone, stride (16 or 32, single scale), hidden_dim, heads, ffn_dim, enc_layers, dec_layers,
     num_queries, dropout; pre_norm (vanilla), box_refine (Deformable), patterns (DAB). Returns a DETR:
-    detector(images (B, 3, H, W), mask (B, H, W)) -> Prediction. Raises ValueError on what does not exist or fit.
+    detector(images (B, 3, H0, W0), mask (B, H0, W0)) -> Prediction. Raises ValueError on what does not exist or fit.
     """
     if variant not in VARIANTS:
         raise ValueError(f"--variant {variant!r}: choose one of {', '.join(VARIANTS)}")
@@ -525,9 +537,9 @@ class NoisyTargets(NamedTuple):
 
     noisy_labels: Tensor  # (B, P)
     noisy_boxes: Tensor  # (B, P, 4)
-    labels: Tensor
-    target_boxes: Tensor
-    valid: Tensor
+    labels: Tensor  # (B, P) clean
+    target_boxes: Tensor  # (B, P, 4) clean
+    valid: Tensor  # (B, P)
     group: Tensor  # (P,)
 
 

@@ -27,7 +27,7 @@ import plots
 import runtime
 from convert import load_backbone, load_detector
 from data import list_images, normalise
-from model import METHODS, VARIANTS, build_detector
+from model import METHODS, VARIANTS, build_detector, objectness
 from proposals import Cache, read_classes, write_cache
 from toyset import write_toy
 from views import ViewDataset, collate_views, scaled
@@ -90,7 +90,7 @@ def parse_args(argv=None):
     g.add_argument("--decoder-consistency", action="store_true", help="matched outputs of both views agree (ours)")
     g.add_argument("--compat", choices=["released"], help="harmless differences as in the released code (see README)")
     g = p.add_argument_group("model (the paper's sizes by default)")
-    g.add_argument("--variant", choices=VARIANTS, default="conditional")
+    g.add_argument("--variant", choices=VARIANTS, default="conditional", help="detector (default conditional)")
     g.add_argument("--backbone", default="resnet50", help="resnet18/34/50/101 or mobilenet_v2 (default resnet50)")
     g.add_argument(
         "--backbone-weights",
@@ -104,9 +104,9 @@ def parse_args(argv=None):
         action=argparse.BooleanOptionalAction,
         help="standardise pooled features by running statistics (default: on for mobilenet_v2)",
     )
-    g.add_argument("--hidden-dim", type=int, default=256)
-    g.add_argument("--enc-layers", type=int, default=6)
-    g.add_argument("--dec-layers", type=int, default=6)
+    g.add_argument("--hidden-dim", type=int, default=256, help="width C (default 256)")
+    g.add_argument("--enc-layers", type=int, default=6, help="default 6")
+    g.add_argument("--dec-layers", type=int, default=6, help="default 6")
     g.add_argument("--num-queries", type=int, help="default: the variant's, 100 or 300")
     g.add_argument("--dropout", type=float, help="default: the variant's, 0.1 or 0")
     g.add_argument("--pre-norm", action="store_true", help="vanilla with norms before the layers, as UP-DETR")
@@ -117,16 +117,16 @@ def parse_args(argv=None):
     g.add_argument("--drop-step", type=int, help="step at which the rate falls to a tenth (default: 2/3 of --steps)")
     g.add_argument("--batch-size", type=int, help="photographs per optimiser step, all processes together")
     g.add_argument("--micro-batch", type=int, help="photographs per forward and process (default: no accumulation)")
-    g.add_argument("--lr", type=float)
+    g.add_argument("--lr", type=float, help="AdamW's (default: the recipe's, 1e-4)")
     g.add_argument("--weight-decay", type=float, default=1e-4, help="on all parameters (default 1e-4)")
     g.add_argument("--clip", type=float, default=0.1, help="largest norm of the gradient (default 0.1)")
     g = p.add_argument_group("run")
     g.add_argument("--out", required=True, help="folder of checkpoints, log.jsonl and pictures")
     g.add_argument("--init", help="checkpoint whose detector weights to start from")
-    g.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    g.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto (default): a GPU if any")
     g.add_argument("--amp", action="store_true", help="bfloat16 autocast and backbone")
     g.add_argument("--compile", action="store_true", help="compile the frozen backbone first (a minute on a CPU)")
-    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--seed", type=int, default=0, help="of weights, order, views, dropout (default 0)")
     g.add_argument("--log-every", type=int, default=50, help="steps (default 50)")
     g.add_argument("--save-every", type=int, default=5000, help="steps between checkpoints and reports (default 5000)")
     g.add_argument("--keep-every", type=int, help="also keep the checkpoints of these steps for good")
@@ -260,7 +260,10 @@ def pretrain(args, run, stop):
 
 
 def loss_weights(args, net):
-    """The lambdas of Eq. (13): {term: weight} of the terms that the method has under these flags."""
+    """The lambdas of Eq. (13): {term: weight} of the terms that the method has under these flags.
+
+    lambda_2 is 1: "class", "l1" and "giou" make up the localisation loss of Eq. (9) and its l_box.
+    """
     recipe, weights = RECIPES[args.recipe], {**losses.PRETEXT_WEIGHTS, "class": net.weight_class}
     if net.f_sem is not None:
         own = recipe["region"] if args.method == "siamese" else {}
@@ -283,7 +286,10 @@ def parameter_groups(net, args):
 
 
 def build_data(args, run):
-    """-> training and held-out `Part`s of one ViewDataset over args.data."""
+    """-> training and held-out `Part`s of one ViewDataset over args.data.
+
+    Of fewer than ten photographs none is held out: the report then asks up to eight that are trained on.
+    """
     if args.data == "toy":
         root = Path(args.out) / "toy"
         if run.rank == 0:
@@ -385,10 +391,10 @@ def region_report(net, dataset, device, picture=None):
         found = losses.match(pred.logits[-1:], pred.boxes[-1:], labels, boxes, valid, **kind)
         box, q_hat = (losses.take_matched(x[-1:], found)[0] for x in (pred.boxes, pred.q_hat))
         if net.asks:
-            box, q_hat = best_of_group(pred, R)
+            box, q_hat = best_of_group(net, pred, R)
         row = {"box": boxes, "iou_own": paired_iou(box, boxes)}
         if net.asks:
-            exchanged = best_of_group(net.look(ctx, z.roll(max(R // 2, 1), 1)), R)[0]
+            exchanged = best_of_group(net, net.look(ctx, z.roll(max(R // 2, 1), 1)), R)[0]
             row["iou_exchanged"] = paired_iou(exchanged, boxes)
             row["own_group"] = (found.query[0] // (pred.logits.shape[2] // R) == torch.arange(R, device=device)).float()
         if p is not None:
@@ -419,9 +425,9 @@ def region_report(net, dataset, device, picture=None):
     return report
 
 
-def best_of_group(pred, R):
+def best_of_group(net, pred, R):
     """The last layer's box (B, R, 4) and q_hat (B, R, C) of each region's own query that is surest of an object."""
-    score = pred.logits[-1].softmax(-1)[..., 1:-1].sum(-1).unflatten(1, (R, -1))  # (B, R, N / R), see model.Pretext
+    score = objectness(pred.logits[-1], net.softmax, net.first).unflatten(1, (R, -1))  # (B, R, N / R)
     best = score.argmax(-1)[..., None, None]
     return tuple(torch.take_along_dim(t[-1].unflatten(1, (R, -1)), best, 2)[:, :, 0] for t in (pred.boxes, pred.q_hat))
 

@@ -6,11 +6,12 @@
     torchrun --nproc-per-node 8 proposals.py DATA/images runs/boxes --workers 4   # or --shard i/n on n machines
 
 Read it from the top: boxes of one image, the cache, writing one, the command. Boxes are (x0, y0, x1, y1) in pixels of
-`data.load_image`'s frame (EXIF applied), far edge exclusive, best first; whole numbers, but for gt. Sizes are (w, h).
+`data.load_image`'s frame (EXIF applied), far edge exclusive, best first; whole numbers, but for gt and a detector's.
+Sizes are (w, h).
 
-A cache is a folder: plan.json (settings), list.json (all images of the source), boxes.npy (int16, or float32 where that
-is too small), scores.npy, offsets.npy, sizes.npy and, written last, meta.json (counts, rejected images with reasons).
-Draw d of image i has the rows from offsets[i * draws + d] to offsets[i * draws + d + 1].
+A cache is a folder: plan.json (settings), list.json (all images of the source), boxes.npy (int16; float32 for gt, a
+detector's, and sides from 32768), scores.npy, offsets.npy, sizes.npy and, written last, meta.json (counts, rejected
+images with reasons). Draw d of image i has the rows from offsets[i * draws + d] to offsets[i * draws + d + 1].
 """
 
 import argparse

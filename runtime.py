@@ -202,11 +202,17 @@ def each_once(n, batch_size, rank, world):
 
 def make_loader(dataset, batches, collate, workers, device):
     """DataLoader over lists of keys (StepSampler, each_once): single-threaded workers, pinned memory for a GPU."""
-    leaving = torch.zeros(1).share_memory_()
-    atexit.register(leaving.fill_, 1)
-    start = {"persistent_workers": True, "worker_init_fn": partial(_start_worker, leaving)} if workers else {}
+    start = {"persistent_workers": True, "worker_init_fn": partial(_start_worker, _leaving())} if workers else {}
     pin = device.type == "cuda"
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin, **start)
+
+
+@lru_cache
+def _leaving():
+    """A number that all workers see, 1 once the main process ends; one for all loaders, as each holds a file open."""
+    flag = torch.zeros(1).share_memory_()
+    atexit.register(flag.fill_, 1)
+    return flag
 
 
 def _start_worker(leaving, _):

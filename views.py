@@ -142,8 +142,9 @@ class ViewDataset(Dataset):
     def one_view(self, image, proposals, g):
         """UP-DETR: the image, only resized. DETReg: DETR's training crop. As `two_views`, with V = 1.
 
-        The crops are cut from the photograph before. DETReg's boxes leave with what the window cuts off, and rows has
-        fewer than R entries; UP-DETR's list is repeated, as a whole, until it is long enough (released code).
+        Crops are cut from the photograph as it is, before it is resized. DETReg's boxes are clipped to the window, and
+        those outside are dropped: rows then has fewer than R entries. UP-DETR's list is repeated, as a whole, until it
+        is long enough (released code).
         """
         w, h = image.size
         short = self.short_sides[int(uniform(g, 0, len(self.short_sides)))]
@@ -170,7 +171,7 @@ class ViewDataset(Dataset):
         return [np.asarray(view)], boxes, boxes, rows, crops
 
     def cut_crops(self, images, boxes):
-        """Crop(x, b): (V, R, 4) xyxy in [0, 1] of each of V images -> V * R crops of 128 x 128."""
+        """Crop(x, b) of Eq. (5): (V, R, 4) xyxy in [0, 1] of each of V images -> V * R crops of 128 x 128."""
         side = (self.crop_size, self.crop_size)
         return [cut(image, box, (1, 1), side) for image, b in zip(images, boxes.tolist(), strict=True) for box in b]
 
@@ -243,7 +244,7 @@ def diagonal_pair(outer, tau, u1=0.0, u2=0.0):
 def round_pair(a, b):
     """Round a pair to integers so that its IoU cannot fall: the overlap outward, the outer corners inward.
 
-    Pixels and boxes both use the result; the released code rounds the pixels only, which sets them 0.7 px apart.
+    Pixels and boxes both use the result; the released code rounds the pixels only, which sets them up to 0.7 px apart.
     """
     near, far = (math.floor(b[0]), math.floor(b[1])), (math.ceil(a[2]), math.ceil(a[3]))  # of the overlap
     first = min(math.ceil(a[0]), near[0]), min(math.ceil(a[1]), near[1])  # never past the overlap's

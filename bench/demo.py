@@ -37,7 +37,7 @@ def main(argv=None):
     p.add_argument("--quick", action="store_true", help="a tenth of the work: shows that it runs, not what it does")
     args = p.parse_args(argv)
     out, began = Path(args.out), time.time()
-    steps, images, epochs, every = (60, 80, 2, 1) if args.quick else (800, 600, 20, 2)
+    steps, images, epochs, every = (60, 80, 2, 1) if args.quick else (400, 400, 20, 2)
     amp = ["--amp"] if runtime.bfloat16_pays(torch.device("cpu")) else []
     toy, boxes, pre = out / "toy", out / "proposals", out / "pretrain"
 

@@ -19,13 +19,15 @@ import pretrain
 from bench.figures import columns, draw_regions, number_regions, show
 from data import resize_size, stream
 from detectors import cross_attention
+from model import Siamese, objectness
 from plots import colour_of
 from proposals import edge_boxes
 from views import two_rectangles, uniform
 
 PAIRS = 16  # unseen pairs of views for the averages
 SHOWN = 4  # regions that are followed through the pictures
-TERMS = {"class": "#8a94a0", "l1": "#1f6fd6", "giou": "#0fa3b1", "region": "#e4572e", "global": "#8f4fd1"}
+TERMS = {"class": "#8a94a0", "l1": "#1f6fd6", "giou": "#0fa3b1", "region": "#e4572e", "consistency": "#e0a30b",
+         "global": "#8f4fd1"}  # fmt: skip
 
 
 # ---------------------------------------------------------------- steps 1 to 3: data
@@ -189,7 +191,7 @@ def the_attention(out, batch, ctx, pred, weights):
 def the_predictions(out, batch, pred, net, dataset):
     x2, true, R = batch.x[1, 0], batch.boxes[1, 0], batch.boxes.shape[2]
     every, shown = pred.boxes[-1, 1], shown_regions(batch)
-    best = pretrain.best_of_group(pred, R)[0][1]
+    best = pretrain.best_of_group(net, pred, R)[0][1]
     iou = pretrain.paired_iou(best, true)
     fig, axes = plots.panels([x2.movedim(0, -1).numpy()] * 2)
     for n, box in enumerate(plots.to_pixels(every, np.zeros(x2.shape[-2:]))):
@@ -265,5 +267,5 @@ def the_losses(out, terms, weights):
 
 def best_queries(pred, R):
     """Index of each region's own query that is surest of an object: (B, R)."""
-    score = pred.logits[-1].softmax(-1)[..., 1:-1].sum(-1).unflatten(1, (R, -1))
+    score = objectness(pred.logits[-1], Siamese.softmax, Siamese.first).unflatten(1, (R, -1))
     return score.argmax(-1) + torch.arange(R) * score.shape[-1]

@@ -90,11 +90,17 @@ class Study:
 
     def __init__(self, args):
         self.args, self.out, self.processes, self.stopping = args, args.out, [], False
-        self.siamese, self.lock = siamese(args).name, threading.Lock()
+        self.siamese, self.lock, self.boxes_lock = siamese(args).name, threading.Lock(), threading.Lock()
         self.lines = {line["run"]: line for line in numbers.read(args.results, missing_ok=True)}
         chosen = {line["key"]: line["lr"] for line in numbers.best_rates(self.lines.values())}
         self.runs, self.rows = plan(args, chosen, args.tune)
         wanted = {run.init for run in self.runs if run.name not in self.lines}
+        second = [run for run in self.runs if "{own-boxes}" in run.flags and run.name not in self.lines]
+        if second and not (self.out / NEEDS["own-boxes"][0]).exists():  # these boxes come from Siamese's pretraining
+            first = siamese(args)
+            if first.name not in self.rows:
+                self.runs, self.rows[first.name] = [first, *self.runs], []
+            wanted.add(first.name)
         self.images = len(numbers.open_labels(args.labels).dataset["images"])
         again = {name for name in wanted if name and not self.checkpoint(name)}  # done, but its weights are gone
         self.todo = [run for run in self.runs if run.name not in self.lines or run.name in again]
@@ -167,8 +173,9 @@ class Study:
             return
         if first:
             first.result()
-        if "{own-boxes}" in run.flags and not (self.out / NEEDS["own-boxes"][0]).exists():
-            self.call(NEEDS["own-boxes"][1], "own-boxes")
+        with self.boxes_lock:
+            if "{own-boxes}" in run.flags and not (self.out / NEEDS["own-boxes"][0]).exists():
+                self.call(NEEDS["own-boxes"][1], "own-boxes")
         folder, script = self.out / run.name, "pretrain.py" if run.kind == "pretrain" else "finetune.py"
         init = f"--init {self.checkpoint(run.init)}" if run.init else ""
         self.call(f"{script} {run.flags} {init} --out {folder}", run.name)
@@ -208,14 +215,14 @@ class Study:
     def look_before(self, run, folder):
         """Recall of the pretrained detector's own boxes on --val, before it sees a label."""
         if not (folder / "boxes" / "meta.json").exists():
-            self.call(f"finetune.py --predict {{val}} --export-proposals {folder}/boxes --resolution 256 --amp --init "
+            self.call(f"finetune.py --predict {{val}} --export-proposals {folder}/boxes --resolution 256 --init "
                       f"{self.checkpoint(run.name)} {self.args.extra} --out {folder}", run.name)  # fmt: skip
         return numbers.recall_of_boxes(self.args.val, folder / "boxes")
 
     def evaluate(self, run, folder):
         """AP of the last weights at each IoU threshold, for all, small, medium and large objects."""
         found = folder / "detections.json"
-        self.call(f"finetune.py --eval-only --init {self.checkpoint(run.name)} --val {{val}} --save-json {found} --amp "
+        self.call(f"finetune.py --eval-only --init {self.checkpoint(run.name)} --val {{val}} --save-json {found} "
                   f"--workers 0 {self.args.extra} --out {folder}", run.name)  # fmt: skip
         return numbers.grid(self.args.val, found)
 

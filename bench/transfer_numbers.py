@@ -12,6 +12,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from bench.transfer_study import RATES
 from proposals import Cache
 
 SIZES = ("all", "small", "medium", "large")  # pycocotools' areas, limits 32^2 and 96^2 pixels
@@ -24,18 +25,30 @@ def read(path, missing_ok=False):
     if missing_ok and not path.exists():
         return []
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} holds no results ({error}): run python -m bench.transfer first") from error
+    if not lines and not missing_ok:
+        raise ValueError(f"{path} holds no results yet: run python -m bench.transfer first")
+    return lines
 
 
 def best_rates(lines):
-    """[{key, lr, tried: {rate: AP}}] of the runs of --tune: the rate of the highest last AP on the split."""
+    """[{key, lr, tried: {rate: AP}}] of the runs of --tune: the rate of the highest last AP on the split.
+
+    A search that was cut off has chosen nothing. ValueError when a rate was tried twice, with different settings.
+    """
     tried = {}
     for line in lines:
         if line["kind"] == "rate":
-            tried.setdefault(line["key"], {})[line["lr"]] = line["AP"]
-    return [{"key": key, "lr": max(aps, key=aps.get), "tried": aps} for key, aps in tried.items()]
+            aps = tried.setdefault(line["key"], {})
+            if line["lr"] in aps:
+                raise ValueError(
+                    f"{line['key']}: rate {line['lr']} was tried twice; give other settings another --results"
+                )
+            aps[line["lr"]] = line["AP"]
+    whole = {key: aps for key, aps in tried.items() if set(aps) >= set(RATES)}
+    return [{"key": key, "lr": max(aps, key=aps.get), "tried": aps} for key, aps in whole.items()]
 
 
 # ---------------------------------------------------------------- numbers of one run
@@ -94,10 +107,9 @@ def cells(lines, value):
     return found
 
 
-def minus(a, b):
-    """Paired differences of two `cells`; from scratch has one pretraining seed, 0, which serves for all."""
-    only = {pre for pre, _ in b} == {0}
-    pairs = {key: (0, key[1]) if only else key for key in a}
+def minus(a, b, scratch=False):
+    """Paired differences of two `cells`; scratch: b has no pretraining, and its seed 0 serves for all of a's."""
+    pairs = {key: (0, key[1]) if scratch else key for key in a}
     return {key: a[key] - b[other] for key, other in pairs.items() if other in b}
 
 

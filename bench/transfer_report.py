@@ -18,7 +18,7 @@ from bench.figures import shrink
 from bench.transfer_numbers import at_epoch, cells, interval, minus
 from bench.transfer_study import STUDY
 from detectors import cross_attention
-from model import build_detector
+from model import METHODS, build_detector, objectness
 from proposals import Cache
 
 BEGIN, END = "<!-- transfer:begin -->", "<!-- transfer:end -->"
@@ -59,7 +59,8 @@ class Row:
 
     def gain(self, value, against=None):
         """The same of its paired difference to from scratch, or to another row."""
-        pairs = minus(cells(self.runs, value), cells(self.scratch if against is None else against.runs, value))
+        others = self.scratch if against is None else against.runs
+        pairs = minus(cells(self.runs, value), cells(others, value), scratch=not (against and against.pre))
         return percent(interval(pairs)) if pairs else None
 
 
@@ -117,11 +118,13 @@ def facts(lines):
 learning rates: {hours:.1f} CPU-hours, one thread a run, {"; ".join(machines)}, until {done}, commit
 {", ".join(commits)}.
 All numbers: MobileNetV2 with *supervised ImageNet weights*, frozen, where the paper uses SwAV's ResNet-50. Intervals
-are 95 %, by bootstrap clustered on the pretraining seed; with one pretraining they cover fine-tuning seeds only, and
-with three runs they hold the truth in about four of five cases. `n x m`: pretraining by fine-tuning seeds, the same
+are 95 %, by bootstrap clustered on the pretraining seed. With one pretraining they cover fine-tuning seeds only, and
+with three runs they hold the truth in about four of five cases; with two pretrainings in three of five if all of the
+spread is pretraining's, and nearly always if none is. `n x m`: pretraining by fine-tuning seeds, the same
 fine-tuning seeds in all rows. """
     if rates:
-        text += "Learning rates were chosen for each row of Methods on a fifth of the training images, at half length."
+        text += f"Learning rates of {len(rates)} rows were chosen on a fifth of the training images, at half length; "
+        text += "3e-4 elsewhere."
     else:
         text += "The learning rate of fine-tuning was not tuned."
     return re.sub(r" +\n", "\n", text).strip()
@@ -155,7 +158,7 @@ def convergence(rows):
     for row in rows:
         if not row.scratch:
             continue
-        goal = np.mean([line["AP"] for line in row.scratch])
+        goal = np.mean([line["curve"]["AP"] for line in row.scratch], 0)[-1]  # from scratch reaches it, to the last bit
         epochs = row.runs[0]["curve"]["epoch"]
         mean = np.mean([r["curve"]["AP"] for r in row.runs], 0)
         until = [numbers.epochs_until(epochs, mean, share * goal) for share in (0.5, 1)]
@@ -173,7 +176,9 @@ def by_threshold(rows):
     for row in rows:
         gains = row.method != "scratch"
         for size in numbers.SIZES:
-            if any(value is None for r in row.runs for value in r["grid"][size]) or (gains and not row.scratch):
+            if any(value is None for r in row.runs for value in r["grid"][size]) or (
+                gains and not row.gain(metric("AP"))
+            ):
                 continue
             numbers_of = [lambda line, t=t, size=size: line["grid"][size][t] for t in range(10)]
             cell = [(row.gain(of) if gains else row.values(of))[0] for of in numbers_of]
@@ -308,8 +313,8 @@ def attention(checkpoint, image):
     detector.eval().resolution = 256
     found = []
     weights = cross_attention(detector, lambda: found.append(finetune.look_at(detector, image)))
-    logits = found[0].logits[-1, 0].float()
-    score = logits.sigmoid().amax(-1) if meta["method"] == "detreg" else logits.softmax(-1)[:, 1:-1].sum(-1)
+    made_by = METHODS[meta["method"]]
+    score = objectness(found[0].logits[-1, 0], made_by.softmax or detector.row.softmax, made_by.first)
     w, h = data.resize_size(*image.size, 256, round(256 * 1333 / 800))
     stride = detector.strides[0]
     return weights[0, :, score.argmax()].mean(0).reshape(-(-h // stride), -(-w // stride)).numpy()

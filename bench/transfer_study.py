@@ -73,10 +73,10 @@ NEEDS = {  # what a {name} in the flags stands for: the file or folder, and the 
     "scenes": ("scenes/unlabelled", "data.py toy {out}/scenes --unlabelled 1000"),
     "scenes-edgeboxes": ("scenes-edgeboxes/meta.json", "proposals.py {scenes} {out}/scenes-edgeboxes --workers 1"),
     "own-boxes": ("own-boxes/meta.json", "finetune.py --export-proposals {out}/own-boxes --predict {data} "
-                  "--resolution 192 --amp --init {siamese}"),
+                  "--resolution 192 --init {siamese}"),
 }  # fmt: skip
-PRETRAIN = "--resolution 192 --batch-size 8 --lr 3e-4 --amp --workers 0 --log-every 50"
-FINETUNE = "--resolution 256 --batch-size 8 --lr-backbone 0 --amp --workers 0 --save-every 5"
+PRETRAIN = "--resolution 192 --batch-size 8 --lr 3e-4 --workers 0 --log-every 50"  # float32: the same on any machine
+FINETUNE = "--resolution 256 --batch-size 8 --lr-backbone 0 --workers 0 --save-every 5"
 RATES = ("1e-4", "3e-4", "5e-4")  # of fine-tuning, tried by --tune; 3e-4 where it was not run
 TUNE_PART, TUNE_LENGTH = 0.8, 0.5  # share of the labelled images that --tune trains on, and of the epochs
 MINUTES = {"siamese": 14.0, "updetr": 9.0, "detreg": 8.0, "finetune": 7.5}  # CPU-minutes of 800 steps and 25 epochs of

@@ -114,10 +114,12 @@ what pretraining is worth. For that see the README, or look at your own checkpoi
 
 def pretraining_flags(settings):
     """The command of a run: its flags that are not at their defaults."""
-    defaults, words = vars(pretrain.parse_args(["--data", "", "--out", ""])), ["python pretrain.py"]
+    defaults = vars(pretrain.parse_args(["--data", "", "--out", "", "--backbone", settings.backbone]))
+    words = ["python pretrain.py"]
     for key, value in vars(settings).items():
-        if value != defaults.get(key, value) and key not in ("backbone_weights", "init", "pseudo_classes"):
-            words.append(f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}"))
+        if key == "backbone" or (value != defaults.get(key, value) and key not in ("backbone_weights", "init")):
+            no, value = ("no-", "") if value is False else ("", "" if value is True else f" {value}")
+            words.append(f"--{no}{key.replace('_', '-')}{value}")
     return words
 
 
@@ -147,8 +149,10 @@ def open_pretrained(path):
     """A checkpoint of pretrain.py -> (the pretext network in evaluation mode, the settings it was trained with)."""
     saved = runtime.read_checkpoint(path)
     meta = saved.get("meta", {})
-    if meta.get("method", "siamese") != "siamese" or meta.get("variant") not in ("vanilla", "conditional"):
-        raise ValueError(f"{path}: give a checkpoint of pretrain.py --method siamese, vanilla or conditional")
+    fits = meta.get("method") == "siamese" and meta.get("variant") in ("vanilla", "conditional") and "pretext" in saved
+    if not fits or saved["settings"].get("pseudo_classes"):
+        wanted = "--method siamese, vanilla or conditional, without --pseudo-classes"
+        raise ValueError(f"{path}: give a checkpoint of pretrain.py {wanted}")
     defaults = vars(pretrain.parse_args(["--data", "", "--out", ""]))  # of flags younger than the file
     unused = {"backbone_weights": "random", "init": None, "pseudo_classes": None}  # the file holds all weights
     settings = Namespace(**{**defaults, **saved["settings"], **unused})

@@ -132,6 +132,8 @@ def find_kernel(device):
         reason = f"the compiled kernel is wrong on this machine (relative errors {wrong})"
     except build.BuildError as failed:
         reason = str(failed)
+    except (RuntimeError, AttributeError) as failed:  # of the driver, say, or a library without what it should have
+        reason = f"the compiled kernel does not run here ({failed})"
     warnings.warn(
         f"deform_attn: no {device} kernel, the slower PyTorch reference is used: {reason}", RuntimeWarning, stacklevel=2
     )

@@ -311,6 +311,24 @@ def test_official_updetr_and_detreg_files_lose_their_pretext_heads_only(method, 
     assert f"dropped {len(heads)} tensors: pretext class head" in dropped
 
 
+def test_files_that_only_their_args_tell_apart_are_refused(tmp_path):
+    state = {"transformer.x": torch.zeros(1)}
+    for change, words in (({"dilation": True}, "DC5"), ({"nheads": 4}, "--nheads 4"), ({"nheads": 8}, None)):
+        torch.save({"model": state, "args": argparse.Namespace(**change)}, tmp_path / "a.pth")
+        if words:
+            with pytest.raises(ValueError, match=f"a.pth was trained with .*{words}"):
+                convert.read_weights(tmp_path / "a.pth")
+        else:
+            assert list(convert.read_weights(tmp_path / "a.pth")[0]) == ["transformer.x"]
+
+
+@pytest.mark.parametrize("meta", [{"build": [1]}, {"classes": 5}, {"classes": [3]}, {"classes": [[1, "a", 2]]}])
+def test_a_meta_that_is_not_ours_is_refused(meta, tmp_path):
+    torch.save({"model": {"x": torch.zeros(1)}, "meta": meta}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="a.pth: its meta holds no settings"):
+        convert.read_weights(tmp_path / "a.pth")
+
+
 def test_two_stage_and_mixed_files_are_refused_by_name():
     with pytest.raises(ValueError, match="two-stage"):
         convert.to_detector({"transformer.level_embed": 0, "transformer.enc_output.weight": 0}, "official")

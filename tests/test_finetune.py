@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -473,11 +474,24 @@ def test_detect_gives_the_boxes_of_the_evaluation(toy, trained, val):
 
 def test_predict_writes_a_picture_an_image_and_a_json(toy, trained, tmp_path):
     more = f"--predict {toy / 'train'} {next((toy / 'val').iterdir())} --out {tmp_path} --threshold 0 --init"
-    assert finetune.main([*more.split(), str(trained / "best.pt"), "--save-json", str(tmp_path / "found.json")]) == 0
+    listed = tmp_path / "a" / "new" / "folder" / "found.json"
+    assert finetune.main([*more.split(), str(trained / "best.pt"), "--save-json", str(listed)]) == 0
     assert len(list(tmp_path.glob("*.png"))) == 9
-    found = json.loads((tmp_path / "found.json").read_text())
+    found = json.loads(listed.read_text())
     assert len(found) == 9 * 72 and set(found[0]) == {"file_name", "category", "score", "bbox"}
     assert {Path(row["file_name"]).name for row in found} >= {path.name for path in (toy / "train").iterdir()}
+
+
+@pytest.mark.parametrize(
+    "job, flags",
+    [("predict", "--predict a"), ("export_proposals", "--predict a --export-proposals b"),
+     ("evaluate_file", "--eval-only --val a"), ("train", "--train a --val b")],
+)  # fmt: skip
+def test_a_signal_ends_what_has_nothing_to_save(monkeypatch, tmp_path, job, flags):
+    seen, before = [], signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(finetune, job, lambda *_: seen.append(signal.getsignal(signal.SIGTERM)) or 0)
+    assert finetune.main([*flags.split(), "--init", "x", "--out", str(tmp_path)]) == 0
+    assert (seen == [before]) is (job != "train")
 
 
 def refused(capsys, more):
@@ -515,7 +529,9 @@ def test_bad_files_are_refused_in_a_sentence(toy, trained, pretrained, tmp_path,
         assert words in refused(capsys, f"{case} --out {tmp_path / 'out'}")
 
 
-@pytest.mark.parametrize("more", ["--train a", "--eval-only --val b", "--predict c", "--train a --val b --epochs 0"])
+@pytest.mark.parametrize("more", ["--train a", "--eval-only --val b", "--predict c", "--train a --val b --epochs 0",
+                                  "--train a --val b --fraction 1.5", "--train a --val b --fraction nan",
+                                  "--predict a --init b --export-proposals c --limit 3"])  # fmt: skip
 def test_parse_args_refuses_what_cannot_run(more):
     with pytest.raises(SystemExit) as stopped:
         finetune.parse_args(more.split())

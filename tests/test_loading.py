@@ -61,6 +61,13 @@ def test_colours_of_the_device_are_the_workers(size):
     assert levels.max() <= 2 * LEVELS and levels.mean() <= LEVELS / 2, (levels.max(), levels.mean())
 
 
+@pytest.mark.parametrize("saturation", [0.7, 0.85, 1.13, 1.3])
+def test_saturation_leaves_grey_alone(saturation):
+    grey = torch.arange(256, dtype=torch.uint8).expand(3, 1, -1)[None]
+    colours = torch.tensor([[1, 1, 1, saturation, 0, 2, 0, 1, 3, 0, 0.0]])
+    assert torch.equal(change_colours(grey, colours), grey)
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(0, 10**6), st.integers(1, 30), st.integers(1, 30), st.integers(0, 20), st.integers(0, 20))
 def test_padding_is_neither_seen_nor_touched(seed, h, w, below, beside):

@@ -1,5 +1,6 @@
 """deform_attn equals a loop written from its formula, whichever kernel runs, and runs where no kernel can be built."""
 
+import ctypes
 import importlib
 import mmap
 import platform
@@ -368,6 +369,18 @@ def wrong_kernel(patch, tmp_path):
     patch.setattr(op, "self_test", lambda library, device: {torch.float32: float("nan")})
 
 
+def kernel_that_does_not_run(patch, tmp_path):
+    def fail(library, device):
+        raise RuntimeError("CUDA driver version is insufficient")
+
+    patch.setattr(build, "load", lambda device: None)
+    patch.setattr(op, "self_test", fail)
+
+
+def library_without_its_functions(patch, tmp_path):
+    patch.setattr(build, "load", lambda device: build.bound(ctypes.CDLL(None)))
+
+
 @pytest.mark.parametrize(
     ("obstacle", "why"),
     [
@@ -375,6 +388,8 @@ def wrong_kernel(patch, tmp_path):
         (failing_compiler, r"false .* failed: exit status 1"),
         (unwritable_home, "cannot be written or loaded .*Not a directory"),
         (wrong_kernel, "wrong on this machine"),
+        (kernel_that_does_not_run, "does not run here .CUDA driver version is insufficient"),
+        (library_without_its_functions, "does not run here .*undefined symbol"),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )

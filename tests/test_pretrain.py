@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 import losses
-from model import VARIANTS, Prediction
+from model import VARIANTS, Prediction, Siamese
 from pretrain import (
     RECIPES,
     REGION_WEIGHT,
@@ -152,7 +152,7 @@ def test_report_sees_regions_used_and_ignored(photos):
 
         def __init__(self, listens):
             self.listens, self.f_sem = listens, nn.Identity()
-            self.asks, self.softmax, self.cost_class, self.other = True, True, 1.0, 1
+            self.asks, self.softmax, self.cost_class, self.first, self.other = True, True, 1.0, 1, 1
 
         def prepare(self, x, mask, rois, boxes, crops):
             return None, boxes, boxes - 0.5
@@ -175,7 +175,7 @@ def test_best_query_of_a_group_and_paired_iou():
     logits = torch.zeros(1, 1, 4, 3)
     logits[0, 0, [1, 2], 1] = 3.0
     boxes = torch.arange(16.0).view(1, 1, 4, 4)
-    box, q_hat = best_of_group(Prediction(logits, boxes, boxes), 2)
+    box, q_hat = best_of_group(Siamese, Prediction(logits, boxes, boxes), 2)
     assert torch.equal(box[0], boxes[0, 0, [1, 2]]) and torch.equal(q_hat, box)
     a, b = torch.tensor([0.5, 0.5, 0.5, 0.5]), torch.tensor([0.75, 0.5, 0.5, 0.5])
     assert paired_iou(a, b).item() == pytest.approx(1 / 3)

@@ -1,6 +1,7 @@
 """What a long run relies on: streams, sample order, sums over ranks, checkpoints, the log, refusals, signals."""
 
 import errno
+import gc
 import itertools
 import json
 import os
@@ -210,6 +211,17 @@ def test_restarted_processes_do_not_look_for_those_that_died():
         for p in ranks:
             p.kill()
         assert met == ["tensor([2.])\n"] * 2, [p.stderr.read() for p in ranks]
+
+
+def test_loaders_leave_no_file_open():
+    def once():
+        return list(runtime.make_loader([0, 1], [[0], [1]], list, 1, CPU))
+
+    once()
+    before = len(os.listdir("/proc/self/fd"))
+    assert [once() for _ in range(3)] == [[[0], [1]]] * 3
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_bfloat16_where_it_is_emulated_is_said(monkeypatch, capsys):

@@ -13,16 +13,17 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("ops/*.py"), *ROOT.glob("bench/*.py")])
 OURS = {path.stem for path in ROOT.glob("*.py")} | {"ops"}
 MAY_IMPORT = {  # at module level; scripts may import any library file
-    **dict.fromkeys("backbone colour data formats losses metrics plots runtime".split(), set()), "detectors": {"ops"},
-    "model": {"backbone", "detectors"}, "convert": {"formats", "model"}, "proposals": {"data"}, "toyset": {"data"},
+    **dict.fromkeys("backbone colour data losses metrics plots runtime".split(), set()), "detectors": {"ops"},
+    "model": {"backbone", "detectors"}, "formats": {"model"}, "convert": {"formats", "model"},
+    "proposals": {"data"}, "toyset": {"data"},
     "views": {"colour", "data", "proposals"}, "clusters": {"convert", "data", "model"},
 }  # fmt: skip
 
 
 BUDGET = {  # lines; a file that outgrows its own loses something first, or this table says in a commit why not
-    "backbone": 115, "clusters": 75, "colour": 105, "convert": 480, "data": 530, "detectors": 445, "finetune": 480,
-    "formats": 510, "losses": 260, "metrics": 120, "model": 640, "plots": 360, "pretrain": 440, "proposals": 520,
-    "runtime": 370, "toyset": 130, "views": 380,
+    "backbone": 115, "clusters": 75, "colour": 110, "convert": 480, "data": 530, "detectors": 445, "finetune": 490,
+    "formats": 515, "losses": 260, "metrics": 120, "model": 650, "plots": 360, "pretrain": 445, "proposals": 520,
+    "runtime": 410, "toyset": 130, "views": 380,
 }  # fmt: skip
 
 

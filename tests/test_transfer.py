@@ -77,9 +77,11 @@ def test_interval_of_a_study_that_was_cut_off_takes_what_all_pretrainings_have()
 
 def test_differences_are_paired_by_seed_and_scratch_serves_every_pretraining():
     pretrained, scratch = {(0, 0): 5.0, (1, 0): 6.0, (0, 1): 9.0, (0, 2): 1.0}, {(0, 0): 1.0, (0, 1): 2.0}
-    assert numbers.minus(pretrained, scratch) == {(0, 0): 4.0, (1, 0): 5.0, (0, 1): 7.0}
+    assert numbers.minus(pretrained, scratch, scratch=True) == {(0, 0): 4.0, (1, 0): 5.0, (0, 1): 7.0}
     other = {(0, 0): 1.0, (1, 0): 3.0}
     assert numbers.minus(pretrained, other) == {(0, 0): 4.0, (1, 0): 3.0}
+    # a method of which only the first pretraining is done is no scratch: its spread would be missing
+    assert numbers.minus({(0, 0): 10.0, (1, 0): 14.0}, {(0, 0): 9.0}) == {(0, 0): 1.0}
 
 
 def test_epochs_until_and_ap_between_evaluations_lie_on_the_curve():
@@ -168,6 +170,9 @@ def test_rates_are_tried_once_a_detector_and_method_on_a_split_of_the_training_i
     lines = [{"kind": "rate", "key": study.rate_key(run.arm), "lr": run.rate, "AP": float(run.rate)} for run in tried]
     chosen = {line["key"]: line["lr"] for line in numbers.best_rates(lines)}
     assert set(chosen.values()) == {"5e-4"}
+    assert not numbers.best_rates(lines[:2])  # a search that was cut off
+    with pytest.raises(ValueError, match="rate 1e-4 was tried twice"):
+        numbers.best_rates([*lines, lines[0]])
     runs, _ = study.plan(args, chosen)
     assert all("--lr 5e-4 " in run.flags for run in runs if run.kind == "finetune")
 
@@ -271,7 +276,7 @@ def test_report_takes_the_runs_of_the_tuned_rate_and_refuses_two_runs_of_a_seed(
     with pytest.raises(ValueError, match="two runs with the seeds"):
         transfer_report.report([*lines, old])
     rates = [{**scratch, "run": rate, "kind": "rate", "lr": rate, "AP": ap, "rows": [["1", "x"]]}
-             for rate, ap in (("1e-4", 0.1), ("3e-4", 0.2))]  # fmt: skip
+             for rate, ap in (("1e-4", 0.1), ("3e-4", 0.2), ("5e-4", 0.1))]  # fmt: skip
     assert transfer_report.report([*lines, old, *rates]).count("| 21.0 |") > 0
 
 
@@ -301,6 +306,26 @@ def test_damaged_or_missing_results_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="r.jsonl holds no results"):
         numbers.read(tmp_path / "r.jsonl")
     assert numbers.read(tmp_path / "absent.jsonl", missing_ok=True) == []
+    (tmp_path / "r.jsonl").write_text("")
+    with pytest.raises(ValueError, match="r.jsonl holds no results yet"):
+        numbers.read(tmp_path / "r.jsonl")
+
+
+def test_a_second_round_brings_the_pretraining_whose_boxes_it_needs(tmp_path):
+    flags = [
+        "--questions",
+        "6",
+        "--arms",
+        "second round",
+        "--out",
+        str(tmp_path),
+        "--results",
+        str(tmp_path / "r.jsonl"),
+    ]
+    write_toy(tmp_path / "toy", unlabelled=1, train=2, val=1)
+    runs = transfer.Study(settings(*flags, "--labels", str(tmp_path / "toy" / "train.json"))).todo
+    assert [run.kind for run in runs] == ["pretrain", "pretrain", *["finetune"] * 3]
+    assert runs[0].name == study.siamese(settings(*flags)).name and "{own-boxes}" in runs[1].flags
 
 
 def test_lines_and_bars_show_their_intervals_and_do_without(tmp_path, monkeypatch):

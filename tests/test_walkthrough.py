@@ -83,6 +83,9 @@ def test_the_command_of_a_run_lists_what_is_not_default():
     words = walkthrough.pretraining_flags(args)
     assert {"--data photos", "--out runs/a", "--hidden-dim 96", "--amp", "--steps 9"} <= set(words)
     assert not any(word.startswith(("--variant", "--tau", "--seed")) for word in words)
+    words = "--data p --out o --backbone mobilenet_v2 --no-centre-features".split()
+    assert "--no-centre-features" in walkthrough.pretraining_flags(walkthrough.pretrain.parse_args(words))
+    assert "--no-no-global" not in walkthrough.pretraining_flags(args)
 
 
 def test_figures_are_drawn_from_any_photograph(tmp_path):
