@@ -123,7 +123,7 @@ def parse_args(argv=None):
         p.error(f"--{name} is needed here; see --help")
     if args.export_proposals and args.limit:
         p.error("--limit with --export-proposals: the cache of a part would fit no --data of pretrain.py")
-    if not 0 < args.fraction <= 1:
+    if args.fraction is not None and not 0 < args.fraction <= 1:
         p.error(f"--fraction {args.fraction}: give a share in (0, 1]")
     counts = "limit overfit epochs batch_size micro_batch log_every eval_every save_every keep_every resolution".split()
     for name in [name for name in counts if getattr(args, name) is not None and getattr(args, name) < 1]:

@@ -36,7 +36,7 @@ def test_named_tests_exist():
 def test_functions_of_the_equation_table_exist(row):
     for name in re.findall(r"`([\w.]+)`", row.split("|")[2]):
         head, *rest = name.split(".")
-        modules = [importlib.import_module(m) for m in ("model", "detectors", "losses")]
+        modules = [importlib.import_module(m) for m in ("model", "detectors", "losses", "views")]
         found = [getattr(m, head) for m in modules if hasattr(m, head)]
         found = found or [importlib.import_module(head)]
         if rest and rest != ["f_sem"]:  # an attribute that __init__ makes
