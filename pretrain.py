@@ -262,7 +262,7 @@ def pretrain(args, run, stop):
 def loss_weights(args, net):
     """The lambdas of Eq. (13): {term: weight} of the terms that the method has under these flags.
 
-    lambda_2 is 1: "class", "l1" and "giou" make up the localisation loss of Eq. (9) and its l_box.
+    lambda_2, of L_loc in Eq. (9), is 1: its parts "l1" and "giou", and "class" beside them, have factors of their own.
     """
     recipe, weights = RECIPES[args.recipe], {**losses.PRETEXT_WEIGHTS, "class": net.weight_class}
     if net.f_sem is not None:
