@@ -483,7 +483,7 @@ import sys
 import pretrain, runtime
 from model import METHODS, VARIANTS
 run = runtime.setup("cpu")
-runtime.setup, runtime.close = lambda device: run, lambda: None  # one process group for all
+runtime.setup, runtime.close = lambda device, amp: run, lambda: None  # one process group for all
 for method in METHODS:
     for variant in VARIANTS:
         out = f"{sys.argv[1]}/{method}-{variant}"
