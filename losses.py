@@ -4,7 +4,7 @@ Reading order: pretext_losses, match, detection_losses (Eq. 9), region_loss (Eq.
 weighted_sum (Eq. 13), denoising_losses (DN-DETR), helpers.
 
 Boxes are (cx, cy, w, h) in [0, 1] of the unpadded image. B images, N queries, L decoder layers, K logits, T targets
-padded to the largest image (`valid` marks the real ones), R regions, D feature channels, C width.
+padded to the largest image (`valid` marks the real ones), J denoising queries, R regions, D feature channels, C width.
 
 `num_boxes` is the one normaliser: all targets of the optimiser step (at least 1) divided by the number of chunks, ranks
 times micro-batches, that share the step. The mean of the chunks' losses is then the loss of the joint batch.
@@ -204,13 +204,13 @@ def weighted_sum(losses, weights):
 def denoising_losses(logits, boxes, labels, target_boxes, valid, num):
     """DN-DETR's losses: query i answers target i, so nothing is matched, and queries that only pad are left out.
 
-    logits (L, B, T, K), boxes (L, B, T, 4); clean labels (B, T) and target_boxes (B, T, 4), one per denoising query;
-    valid (B, T); num is `num_boxes` of the denoising queries, all groups counted. Returns a dict of (L,).
+    logits (L, B, J, K), boxes (L, B, J, 4); clean labels (B, J) and target_boxes (B, J, 4), of the J denoising
+    queries; valid (B, J); num is `num_boxes` of them, all groups counted. Returns a dict of (L,).
     """
-    L, B, T = logits.shape[:3]
-    matched = valid.expand(L, B, T)
-    fixed = Match(torch.arange(T, device=valid.device).expand(L, B, T), matched)
-    by_query = focal(full_precision(logits), labels.expand(L, B, T)).sum(-1).masked_fill(~matched, 0)  # (L, B, T)
+    L, B, J = logits.shape[:3]
+    matched = valid.expand(L, B, J)
+    fixed = Match(torch.arange(J, device=valid.device).expand(L, B, J), matched)
+    by_query = focal(full_precision(logits), labels.expand(L, B, J)).sum(-1).masked_fill(~matched, 0)  # (L, B, J)
     l1, giou = box_losses(boxes, target_boxes, fixed, num)
     return {"dn_class": by_query.sum((1, 2)) / num, "dn_l1": l1, "dn_giou": giou}
 

@@ -3,7 +3,8 @@
 Reading order: 1 the pretext method (paper Sec. 3.3), 2 the detector, 3 small parts; then detectors.py, the decoders,
 and backbone.py.
 Shapes: B images, R regions per image, N queries, L decoder layers, K classes, C width, D backbone channels, H W a
-feature map, S tokens of all levels, G levels, H0 W0 the input, M heads, P points, T targets, V views.
+feature map, S tokens of all levels, G levels, H0 W0 the input, M heads, P points, T targets, J
+denoising queries, V views.
 Boxes are (cx, cy, w, h) in [0, 1] of the unpadded image; masks are True on padding; everything is batch first.
 Modules that live on in a detector carry the names of the official repositories, so their files load as they are.
 """
@@ -285,13 +286,13 @@ VARIANTS["dn"] = replace(VARIANTS["dab"], denoise=True)
 
 
 class Denoised(NamedTuple):
-    """Predictions of DN-DETR's denoising queries (P of them, groups of noisy targets) and what they should say."""
+    """Predictions of DN-DETR's denoising queries (J of them, groups of noisy targets) and what they should say."""
 
-    logits: Tensor  # (L, B, P, K)
-    boxes: Tensor  # (L, B, P, 4)
-    labels: Tensor  # (B, P)
-    target_boxes: Tensor  # (B, P, 4)
-    valid: Tensor  # (B, P)
+    logits: Tensor  # (L, B, J, K)
+    boxes: Tensor  # (L, B, J, 4)
+    labels: Tensor  # (B, J)
+    target_boxes: Tensor  # (B, J, 4)
+    valid: Tensor  # (B, J)
 
 
 class Prediction(NamedTuple):
@@ -417,11 +418,11 @@ class DETR(nn.Module):
             content, anchor, attn_mask = self._prepend_noisy(dn, content, anchor)
         q_hat, reference = self.transformer.decoder(query, content, anchor, ctx, attn_mask, self.bbox_embed)
         logits, boxes = self._heads(q_hat, reference)
-        P = q_hat.shape[2] - N
-        if not P:
+        J = q_hat.shape[2] - N
+        if not J:
             return Prediction(logits, boxes, q_hat)
-        denoised = Denoised(logits[:, :, :P], boxes[:, :, :P], dn.labels, dn.target_boxes, dn.valid)
-        return Prediction(logits[:, :, P:], boxes[:, :, P:], q_hat[:, :, P:], denoised)
+        denoised = Denoised(logits[:, :, :J], boxes[:, :, :J], dn.labels, dn.target_boxes, dn.valid)
+        return Prediction(logits[:, :, J:], boxes[:, :, J:], q_hat[:, :, J:], denoised)
 
     def _queries(self, B, z):
         """phi_q + z (Eq. 7) as (positional query, content, anchor), each (B, N, .) or None where a variant has none."""
@@ -441,7 +442,7 @@ class DETR(nn.Module):
         return None, (content if z is None else content + z), anchor
 
     def _prepend_noisy(self, dn, content, anchor):
-        """Put DN-DETR's queries before the matching ones -> content, anchors (B, P + N, .) and the attention mask.
+        """Put DN-DETR's queries before the matching ones -> content, anchors (B, J + N, .) and the attention mask.
 
         The mask is True where a query may not look: all see the matching queries, a group of noisy targets only itself.
         """
@@ -449,7 +450,7 @@ class DETR(nn.Module):
         noisy = noisy * dn.valid.unsqueeze(-1)
         content = torch.cat([noisy, content], 1)
         anchor = torch.cat([torch.where(dn.valid.unsqueeze(-1), dn.noisy_boxes, 0.5), anchor], 1)
-        group = F.pad(dn.group, (0, content.shape[1] - len(dn.group)), value=-1)  # (P + N,), matching queries: -1
+        group = F.pad(dn.group, (0, content.shape[1] - len(dn.group)), value=-1)  # (J + N,), matching queries: -1
         return content, anchor, (group[None] >= 0) & (group[None] != group[:, None])
 
     def _heads(self, q_hat, reference):
@@ -533,14 +534,14 @@ def build_detector(variant, num_classes=91, **overrides):
 
 
 class NoisyTargets(NamedTuple):
-    """DN-DETR's denoising queries before encoding: P = groups * T slots per image."""
+    """DN-DETR's denoising queries before encoding: J = groups * T slots per image."""
 
-    noisy_labels: Tensor  # (B, P)
-    noisy_boxes: Tensor  # (B, P, 4)
-    labels: Tensor  # (B, P) clean
-    target_boxes: Tensor  # (B, P, 4) clean
-    valid: Tensor  # (B, P)
-    group: Tensor  # (P,)
+    noisy_labels: Tensor  # (B, J)
+    noisy_boxes: Tensor  # (B, J, 4)
+    labels: Tensor  # (B, J) clean
+    target_boxes: Tensor  # (B, J, 4) clean
+    valid: Tensor  # (B, J)
+    group: Tensor  # (J,)
 
 
 def noisy_targets(labels, boxes, valid, num_classes, groups=5, label_noise=0.2, box_noise=0.4):
