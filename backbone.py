@@ -1,7 +1,7 @@
 """h = Backbone(x): a frozen-norm ResNet or MobileNetV2 with maps at strides 8, 16 and 32, and its fast copy.
 
-Read after model.py, which asks for maps by stride. B images, H0 W0 the input, D channels, H W a feature map.
-Names of tensors below `body` are torchvision's, which the official repositories share.
+Read after model.py. B images, H0 W0 the input, D channels, H W a feature map. Names of tensors below `body` are
+torchvision's, which the official repositories share.
 """
 
 import copy
@@ -26,7 +26,8 @@ class Backbone(nn.Module):
         self.body = nn.Module()
         if name == "mobilenet_v2":
             self.body.features = net.features
-            self.stages = {s: [f"features.{i}" for i in r] for s, r in MOBILENET_STAGES.items()}
+            ranges = {8: range(7), 16: range(7, 14), 32: range(14, 19)}
+            self.stages = {s: [f"features.{i}" for i in ranges[s]] for s in ranges}
             self.fixed = ("features.0.", "features.1.")  # stem and first stage: never trained
             self.stem = ("features.0.", "features.1.")  # never in bfloat16, see `folded`
             self.channels = {8: 32, 16: 96, 32: 1280}
@@ -55,7 +56,7 @@ class Backbone(nn.Module):
             p.requires_grad_(name.startswith(used) and not name.startswith(self.fixed))
 
 
-MOBILENET_STAGES = {8: range(0, 7), 16: range(7, 14), 32: range(14, 19)}
+CACHED_PIXELS = 2**18  # of a few images, two at least: a CPU takes 1.4 to 2 times as long for 160 crops at once
 
 
 def folded(backbone, dtype=torch.float32, compiled=False, trains=False):
@@ -63,11 +64,10 @@ def folded(backbone, dtype=torch.float32, compiled=False, trains=False):
 
     Equal to the backbone up to rounding (about 1e-5 of the largest value). trains: folded anew at each call, so that
     the backbone's own weights get their gradient. Else once, without gradient: it takes and returns float32, inside
-    `dtype`, but for the stem, which loses most of what bfloat16 loses (MobileNetV2's pooled crops have a cosine of at
-    least 0.983 with those of float32 when it goes along, of at least 0.994 when it does not; bench/fidelity.py).
-    compiled: by torch.compile at the first call, for all sizes of images at once.
+    `dtype`, but for the stem: with it, MobileNetV2's pooled crops would keep a cosine of 0.983 with those of float32,
+    without of 0.994 (bench/fidelity.py). compiled: by torch.compile at the first call, once for all sizes of images.
     """
-    plain, pairs = copy.deepcopy(backbone).requires_grad_(False), []
+    plain, pairs = copy.deepcopy(backbone).requires_grad_(False).to(memory_format=torch.channels_last), []
     for name, parent in plain.named_modules():
         children = list(parent.named_children())
         for (a, conv), (b, norm) in zip(children, children[1:], strict=False):
@@ -77,14 +77,13 @@ def folded(backbone, dtype=torch.float32, compiled=False, trains=False):
                 pairs.append((f"{name}.{a}", f"{name}.{b}"))
 
     def tensors():
-        found = {}
+        new = {}
         for conv, norm in pairs:
             weight, norm = backbone.get_submodule(conv).weight, backbone.get_submodule(norm)
             scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-            weight = weight * scale[:, None, None, None]
-            found[f"{conv}.weight"] = weight.contiguous(memory_format=torch.channels_last)
-            found[f"{conv}.bias"] = norm.bias - norm.running_mean * scale
-        return found
+            new[f"{conv}.weight"] = (weight * scale[:, None, None, None]).contiguous(memory_format=torch.channels_last)
+            new[f"{conv}.bias"] = norm.bias - norm.running_mean * scale
+        return new
 
     def in_training(x, strides):
         return functional_call(plain, tensors(), (x.contiguous(memory_format=torch.channels_last), strides))
@@ -93,7 +92,6 @@ def folded(backbone, dtype=torch.float32, compiled=False, trains=False):
         plain.to("meta")  # its own tensors are never read
         return in_training
     plain.load_state_dict(tensors(), strict=False)
-    plain.to(memory_format=torch.channels_last)
     for name, p in plain.body.named_parameters():
         if not name.startswith(backbone.stem):
             p.data = p.data.to(dtype)
@@ -109,7 +107,9 @@ def folded(backbone, dtype=torch.float32, compiled=False, trains=False):
     @torch.no_grad()
     def forward(x, strides):
         x = x.contiguous(memory_format=torch.channels_last)
+        few = 2 * max(1, CACHED_PIXELS // 2 // x.shape[2:].numel()) if x.device.type == "cpu" else len(x)
         with torch.autocast(x.device.type, enabled=False), settings():
-            return {stride: h.float() for stride, h in plain(x, (max(strides),)).items()}
+            maps = [plain(part, (max(strides),)) for part in x.split(few)]
+        return {stride: torch.cat([h[stride] for h in maps]).float() for stride in maps[0]}
 
     return forward

@@ -346,6 +346,20 @@ def test_folded_backbone_equals_the_backbone(name):
         assert (h - b[stride]).abs().max() <= 1e-4 * h.abs().max()
 
 
+@pytest.mark.parametrize("B", [0, 1, 3, 7])
+def test_folded_backbone_takes_many_images_a_few_at_a_time(B, monkeypatch):
+    monkeypatch.setattr("backbone.CACHED_PIXELS", 5 * 64 * 96)
+    backbone, seen = random_backbone("resnet18"), []
+    fast = folded(backbone)
+    x, convolve = torch.randn(B, 3, 64, 96), torch.nn.functional.conv2d
+    with torch.no_grad(), monkeypatch.context() as patch:
+        a = backbone(x, (32,))[32]
+        patch.setattr(torch.nn.functional, "conv2d", lambda x, w, *r: (seen.append(len(x)), convolve(x, w, *r))[1])
+        b = fast(x, (32,))[32]
+    assert sorted(set(seen), reverse=True) == {0: [0], 1: [1], 3: [3], 7: [4, 3]}[B]
+    assert a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=1e-4 * a.abs().max().item() if B else 0)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
 def test_backbone_folded_in_training_has_the_gradients_of_the_backbone(name):
     backbone = random_backbone(name).double()
