@@ -14,7 +14,7 @@ import torch
 
 import finetune
 import formats
-from bench.timing import paired, ratios, record
+from bench.timing import compare_steps, record
 from data import DetectionBatch, normalise
 from model import build_detector
 from runtime import Run
@@ -83,25 +83,20 @@ def finetune_step(args):
     model, batch = twin(detector), labelled_noise(args.batch_size, args.size)
     normalised = batch._replace(x=normalise(batch.x, batch.mask))
 
-    def contestant(net, backward, batch, amp):
+    def contestant(is_ours, amp):
+        net, backward, images = (detector, ours, batch) if is_ours else (model, theirs, normalised)
         parameters = [p for p in net.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=1e-4, fused=True)
 
         def run():
             optimizer.zero_grad(set_to_none=True)
-            backward(net, batch, amp)
+            backward(net, images, amp)
             torch.nn.utils.clip_grad_norm_(parameters, 0.1)
             optimizer.step()
 
         return run
 
-    contestants = {"ours": contestant(detector, ours, batch, False),
-                   "transformers": contestant(model, theirs, normalised, False),
-                   "ours, bfloat16": contestant(detector, ours, batch, True),
-                   "transformers, autocast": contestant(model, theirs, normalised, True)}  # fmt: skip
-    times = paired(contestants, args.rounds, args.threads)
-    pairs = (("transformers", "ours"), ("transformers", "ours, bfloat16"), ("transformers, autocast", "ours, bfloat16"))
-    faster = {f"{slow} / {fast}": ratios(times[slow], times[fast]) for slow, fast in pairs}
+    faster = compare_steps(contestant, "transformers", args)
     case = f"{args.variant}, batch {args.batch_size}, {args.size[0]} x {args.size[1]}, dropout {args.dropout:g}"
     print(f"{case}: " + "; ".join(f"{name} {r[0]} ({r[1]} to {r[2]})" for name, r in faster.items()))
     trained = {name: sum(p.numel() for p in net.parameters() if p.requires_grad)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from runtime import bfloat16_pays
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "speed.jsonl"
 
@@ -30,6 +32,18 @@ def ratios(slow, fast):
     """[median, smallest, largest] of the rounds' ratios slow / fast."""
     each = [a / b for a, b in zip(slow, fast, strict=True)]
     return [round(x, 2) for x in (statistics.median(each), min(each), max(each))]
+
+
+def compare_steps(contestant, other, args):
+    """{"other / ours": ratios} of contestant(ours or other, autocast) in float32 and, where it pays, in bfloat16."""
+    steps = {"ours": (True, False), other: (False, False)}
+    steps |= {"ours, bfloat16": (True, True), f"{other}, autocast": (False, True)}
+    pairs = [(other, "ours"), (other, "ours, bfloat16"), (f"{other}, autocast", "ours, bfloat16")]
+    if not bfloat16_pays(torch.device("cpu")):
+        print("this machine emulates bfloat16, which is left out")
+        steps, pairs = dict(list(steps.items())[:2]), pairs[:1]
+    times = paired({name: contestant(*settings) for name, settings in steps.items()}, args.rounds, args.threads)
+    return {f"{slow} / {fast}": ratios(times[slow], times[fast]) for slow, fast in pairs}
 
 
 def record(entry):
