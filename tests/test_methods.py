@@ -23,7 +23,7 @@ from proposals import Cache
 from views import ViewBatch, ViewDataset, collate_views
 
 SMALL = dict(backbone="resnet18", hidden_dim=32, enc_layers=1, dec_layers=2, num_queries=12, dropout=0.0)
-TINY = ["--backbone", "resnet18", "--backbone-weights", "random", "--hidden-dim", "32", "--enc-layers", "1",
+TINY = ["--backbone", "mobilenet_v2", "--backbone-weights", "random", "--hidden-dim", "32", "--enc-layers", "1",
         "--dec-layers", "2", "--num-queries", "6", "--num-regions", "3", "--dropout", "0", "--resolution", "64",
         "--batch-size", "4", "--steps", "3", "--workers", "0", "--log-every", "1", "--save-every", "3", "--lr", "1e-3",
         "--device", "cpu"]  # fmt: skip

@@ -122,11 +122,6 @@ def page_tables(variants):
     return [line for line in scaling.tables(variants, per_core) if line]
 
 
-def test_page_on_scaling_has_the_numbers_that_the_code_prints():
-    missing = [line for line in page_tables(["vanilla"]) if line not in PAGE]
-    assert not missing, missing
-
-
 @pytest.mark.slow
 def test_page_on_scaling_has_the_numbers_of_every_variant():
     lines = page_tables(list(scaling.VARIANTS))
