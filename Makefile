@@ -4,6 +4,8 @@ PY = .venv/bin/python
 # One thread per process: on small machines OpenMP threads of several processes fight each other.
 export OMP_NUM_THREADS ?= 1
 export PYTHONWARNINGS ?= ignore::FutureWarning
+# Containers often forbid .pyc files; the tests start Python a hundred times, which would compile all modules each time.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo overfit test test-slow check fuzz soak walkthrough
 demo: .venv/installed

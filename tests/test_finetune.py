@@ -260,7 +260,10 @@ def test_backward_of_0_1_and_300_targets_equals_slow_loops(variant, T, N):
     assert any(p.grad.abs().max() > 0 for p in detector.class_embed.parameters())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+MORE = [pytest.param(name, marks=pytest.mark.slow) for name in ("vanilla", "deformable-ss", "dab")]
+
+
+@pytest.mark.parametrize("variant", ["conditional", "deformable-ms", "dn", *MORE])
 def test_train_runs_one_step_of_each_variant(toy, tmp_path, variant):
     run(toy, tmp_path, f"--variant {variant} --overfit 2 --batch-size 2 --epochs 1 --amp")
     (row,) = [row for row in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()) if "loss" in row]

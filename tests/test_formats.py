@@ -98,7 +98,10 @@ def without_dn(name, state):
     return state | {"transformer.patterns.weight": torch.cat([label, torch.zeros(1, 1)], 1)}
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+RARE = {name: pytest.mark.slow for name in ("bottleneck", "deformable-ss", "stride 16", "dn")}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=RARE.get(name, ())) for name in DETECTORS])
 @pytest.mark.parametrize("to", ["hf", "hf-native"])
 def test_transformers_opens_the_folder_and_computes_the_same(name, to, transformers, tmp_path):
     if (name, to) == REFUSED:

@@ -29,6 +29,11 @@ TINY = ["--backbone", "mobilenet_v2", "--backbone-weights", "random", "--hidden-
         "--device", "cpu"]  # fmt: skip
 
 
+siamese_and_slowly_the_others = pytest.mark.parametrize(
+    "method", [pytest.param(method, marks=pytest.mark.slow if method != "siamese" else ()) for method in METHODS]
+)
+
+
 def build(method, variant="conditional", num_queries=12, **settings):
     torch.manual_seed(0)
     return METHODS[method](build_detector(variant, num_classes=2, **SMALL | {"num_queries": num_queries}), **settings)
@@ -395,7 +400,7 @@ def photos(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", METHODS)
+@siamese_and_slowly_the_others
 def test_labelled_boxes_as_proposals(photos, tmp_path, method):
     flags = [
         "--data",
@@ -447,7 +452,7 @@ def test_clusters_tell_squares_from_stripes(tmp_path):
     assert pretrain.main([*flags, "--out", str(tmp_path / "out"), *TINY]) == 0
 
 
-@pytest.mark.parametrize("method", METHODS)
+@siamese_and_slowly_the_others
 def test_boxes_of_a_pretrained_detector_are_proposals_for_another_round(photos, tmp_path, method):
     flags = ["--data", str(photos), *TINY, "--method", method]
     assert pretrain.main([*flags, "--out", str(tmp_path / "one")]) == 0
