@@ -98,7 +98,7 @@ def without_dn(name, state):
     return state | {"transformer.patterns.weight": torch.cat([label, torch.zeros(1, 1)], 1)}
 
 
-RARE = {name: pytest.mark.slow for name in ("bottleneck", "deformable-ss", "stride 16", "dn")}
+RARE = {name: pytest.mark.slow for name in ("bottleneck", "deformable-ss", "stride 16", "dn", "refined")}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=RARE.get(name, ())) for name in DETECTORS])

@@ -201,7 +201,7 @@ def test_detreg_takes_any_number_of_boxes(missing):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("method", METHODS)
+@siamese_and_slowly_the_others
 def test_loss_falls_and_the_backbone_stays_bit_for_bit(method, variant):
     net, b = build(method, variant).train(), batch(method)
     before = {k: v.clone() for k, v in net.detector.backbone.state_dict().items()}

@@ -193,6 +193,7 @@ print("done", run)
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 3, "rank": 0}\n'
 
 
+@pytest.mark.slow
 def test_restarted_processes_do_not_look_for_those_that_died():
     """torchrun keeps its store over restarts; who comes first to the second start finds the addresses of the first."""
     code = "import runtime, time, torch; print('imported', flush=True); runtime.setup('cpu'); "
