@@ -19,10 +19,10 @@ walkthrough: .venv/installed
 	$(PY) -m bench.walkthrough --out runs/docs/walkthrough
 
 test: .venv/installed check
-	$(PY) -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	$(PY) -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
 test-slow: .venv/installed
-	$(PY) -m pytest -m "slow and not gpu"
+	$(PY) -m pytest -n 2 --dist worksteal -m "slow and not gpu" --durations=20
 
 fuzz: .venv/installed
 	FUZZ_CASES=100000 $(PY) -m pytest -s tests/test_fuzz.py
