@@ -39,7 +39,7 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torchvision", "torch.nn.parallel", "cv2", "scipy.optimize", "pycocotools.cocoeval",
                                "matplotlib.pyplot"])  # fmt: skip
 SMALL = "--hidden-dim 32 --enc-layers 1 --dec-layers 2 --num-queries 6 --resolution 64 --log-every 1 --lr 1e-3 "
-SMALL += "--backbone mobilenet_v2 --backbone-weights random --device cpu "
+SMALL += "--backbone resnet18 --backbone-weights random --device cpu "
 FLAGS = {  # accumulation in two, and epochs that end within a batch
     "pretrain": SMALL + "--data {photos} --num-regions 3 --region-target roi --steps 8 --save-every 3 --batch-size 8 ",
     "finetune": SMALL + "--train {toy}/train.json --val {toy}/val.json --epochs 3 --eval-every 2 --batch-size 4 "
