@@ -56,7 +56,7 @@ class Backbone(nn.Module):
             p.requires_grad_(name.startswith(used) and not name.startswith(self.fixed))
 
 
-CACHED_PIXELS = 2**18  # images that a CPU takes at a time, two at least; 160 crops at once take 1.4 to 2 times as long
+CACHED_PIXELS = 2**18  # that a CPU takes at a time, two images at least; 160 crops at once take 1.4 to 2 times as long
 
 
 def folded(backbone, dtype=torch.float32, compiled=False, trains=False):
@@ -64,8 +64,8 @@ def folded(backbone, dtype=torch.float32, compiled=False, trains=False):
 
     Equal to the backbone up to rounding (about 1e-5 of the largest value). trains: folded anew at each call, so that
     the backbone's own weights get their gradient. Else once, without gradient: it takes and returns float32, inside
-    `dtype`, but for the stem: MobileNetV2's pooled crops then keep a cosine of at least 0.994 with those of float32, with
-    the stem 0.983 (bench/fidelity.py). compiled: by torch.compile at the first call, once for all sizes of images.
+    `dtype`, but for the stem: MobileNetV2's pooled crops then keep a cosine of 0.994 or more with float32's; with the
+    stem, 0.983 (bench/fidelity.py). compiled: by torch.compile at the first call, once for all sizes of images.
     """
     plain, pairs = copy.deepcopy(backbone).requires_grad_(False).to(memory_format=torch.channels_last), []
     for name, parent in plain.named_modules():
