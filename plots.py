@@ -204,6 +204,7 @@ def read_log(path):
 
 
 def _numpy(x):
+    """An array of a tensor on any device, or of what numpy takes; bfloat16, which numpy lacks, as float32."""
     if hasattr(x, "detach"):
         x = x.detach().cpu()
         x = x.float() if x.is_floating_point() else x
@@ -217,6 +218,7 @@ def _image(x):
 
 
 def unpadded(x, mask):
+    """The part of an image (3, H, W) or (H, W, 3) that its mask (H, W) does not call padding, as (h, w, 3)."""
     image = _image(x)
     if mask is None:
         return image
@@ -246,7 +248,7 @@ def far_apart(boxes_xyxy, count):
     taken = [int(_area(boxes_xyxy).argmin())] if len(centres) else []
     while 0 < len(taken) < min(count, len(centres)):
         distance = np.linalg.norm(centres[:, None] - centres[taken], axis=2).min(1)
-        distance[taken] = -1
+        distance[taken] = -1  # boxes of one centre: never the same one twice
         taken.append(int(distance.argmax()))
     return taken
 
@@ -279,6 +281,7 @@ def panels(images, title=None, columns=2):
 
 
 def draw(ax, boxes_xyxy, tags, style="-", colours=None):
+    """Boxes (k, 4) with a tag each (or None for none), coloured by their index unless `colours` are given."""
     placed = []
     order = np.argsort(-_area(boxes_xyxy), kind="stable")  # small boxes and their tags over large ones
     for i in order:
@@ -301,10 +304,10 @@ def draw_tag(ax, box, text, colour, placed):
         (8.5 * len(text) + 6) * h / (120 * HEIGHT),
         20 * h / (120 * HEIGHT),
     )  # size of a tag, in pixels of the image
-    spots = [(x0, y0 - th), (x0, y1), (x1, y0), (x0 - tw, y0)]
+    spots = [(x0, y0 - th), (x0, y1), (x1, y0), (x0 - tw, y0)]  # above, below, right, left
     if min(x1 - x0, y1 - y0) > 2 * th:
-        spots = [(x0, y0), (x1 - tw, y0), (x0, y1 - th), (x1 - tw, y1 - th)]
-    spots = [(max(min(x, w - tw), 0), max(min(y, h - th), 0)) for x, y in spots]
+        spots = [(x0, y0), (x1 - tw, y0), (x0, y1 - th), (x1 - tw, y1 - th)]  # its four corners
+    spots = [(max(min(x, w - tw), 0), max(min(y, h - th), 0)) for x, y in spots]  # none leaves the image
     free = [s for s in spots if not any(-pw < x - s[0] < tw and abs(y - s[1]) < th for x, y, pw in placed)]
     x, y = (free or spots)[0]
     placed.append((x, y, tw))
@@ -318,7 +321,7 @@ def _curve(ax, x, y, colour):
     look = {"lw": 0.8, "alpha": 0.3} if noisy else {"lw": 1.8, "marker": "o" if len(x) < 15 else None, "ms": 4}
     ax.plot(x, y, color=colour, **look)
     if noisy:
-        kernel = np.ones(len(x) // 25)
+        kernel = np.ones(len(x) // 25)  # at both ends fewer values, and divided by as many
         ax.plot(x, np.convolve(y, kernel, "same") / np.convolve(np.ones(len(y)), kernel, "same"), color=colour, lw=2)
 
 
@@ -331,6 +334,7 @@ def _legend(fig, labels, title):
 
 
 def write(fig, path):
+    """The figure as a PNG at `path`, folder and all; returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, format="png", dpi=120, bbox_inches="tight", pad_inches=0.08)

@@ -243,7 +243,7 @@ def pretrain(args, run, stop):
         optimizer.step()
         if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
             mean = {k: torch.stack([values[k] for values in window]).mean() for k in window[0]}
-            rate = bar.format_dict["rate"] or 0.0
+            rate = bar.format_dict["rate"] or 0.0  # steps a second, a running mean
             mean = runtime.mean_over_ranks(mean) | {"grad_norm": float(norm), "images_per_s": rate * args.batch_size}
             log.write(step=step + 1, lr=optimizer.param_groups[0]["lr"], **mean)
             window.clear()
@@ -395,7 +395,7 @@ def region_report(net, dataset, device, picture=None):
         row = {"box": boxes, "iou_own": paired_iou(box, boxes)}
         if net.asks:
             exchanged = best_of_group(net, net.look(ctx, z.roll(max(R // 2, 1), 1)), R)[0]
-            row["iou_exchanged"] = paired_iou(exchanged, boxes)
+            row["iou_exchanged"] = paired_iou(exchanged, boxes)  # asked about another region of the image
             row["own_group"] = (found.query[0] // (pred.logits.shape[2] // R) == torch.arange(R, device=device)).float()
         if p is not None:
             p_hat, p = (nn.functional.normalize(t, dim=-1) for t in (net.f_sem(q_hat), p))

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,38 @@ def test_imports_go_one_way(name):
 def test_files_keep_to_their_budget_of_lines(name):
     assert set(BUDGET) == OURS - {"ops"}
     assert len((ROOT / f"{name}.py").read_text().splitlines()) <= BUDGET[name]
+
+
+def prose(path):
+    """Of a file's lines that are not empty: shares that carry a docstring or a comment, and that hold nothing else."""
+    lines = path.read_text().splitlines()
+    filled = {i for i, line in enumerate(lines, 1) if line.strip()}
+    tree = ast.parse("\n".join(lines))
+    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    texts = [node.body[0] for node in nodes if ast.get_docstring(node)]
+    alone = {i for text in texts for i in range(text.lineno, text.end_lineno + 1)} & filled
+    with open(path, "rb") as file:
+        comments = [t for t in tokenize.tokenize(file.readline) if t.type == tokenize.COMMENT]
+    comments = [t for t in comments if not t.string.startswith("# fmt:")]  # that one tells ruff, not a reader
+    alone |= {t.start[0] for t in comments if t.line.strip().startswith("#")}
+    return len(alone | {t.start[0] for t in comments}) / len(filled), len(alone) / len(filled)
+
+
+EXPLAINED = [*(ROOT / f"{name}.py" for name in BUDGET), ROOT / "ops" / "build.py", ROOT / "ops" / "deform_attn.py"]
+
+
+@pytest.mark.parametrize("path", EXPLAINED, ids=lambda path: path.name)
+def test_prose_is_15_to_30_percent(path):
+    """Too little hides the why and too much drowns the code: at least 15 % of the lines say something beside code, or
+    instead of it, and at most 30 % say nothing but prose. A comment behind code, a shape mostly, costs no line."""
+    explained, alone = prose(path)
+    assert 0.15 <= explained and alone <= 0.30, f"{explained:.3f} explained, {alone:.3f} prose alone"
+
+
+def test_prose_counts_docstrings_and_comments(tmp_path):
+    file = tmp_path / "some.py"
+    file.write_text('"""One\n\ntwo."""\n# three\nx = 1  # four\ny = "# no"  # fmt: skip\n\nz = """no\n"""\n')
+    assert prose(file) == (4 / 7, 3 / 7)
 
 
 def test_scripts_do_not_import_each_other():
