@@ -1,6 +1,7 @@
 """Paired times: every contestant in turn in one process, ratios to ours, and the file of results."""
 
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -13,18 +14,26 @@ from runtime import bfloat16_pays
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "speed.jsonl"
+LONG_ENOUGH = 0.05  # seconds: a decoder's attention takes 2 ms, which page faults and the clock's grain disturb
 
 
 def paired(contestants, rounds, threads):
-    """{name: [seconds per round]}; every round runs every contestant once, the order turned round each time."""
+    """{name: [seconds per call and round]}; every round runs every contestant, the order turned round each time.
+
+    The first round warms up and says how often to call what is too short to time once.
+    """
     clock = time.process_time if threads == 1 else time.perf_counter
-    times = {name: [] for name in contestants}
+    times, calls = {name: [] for name in contestants}, dict.fromkeys(contestants, 1)
     for r in range(rounds + 1):
         for name in list(contestants)[:: 1 if r % 2 else -1]:
             start = clock()
-            contestants[name]()
-            if r:  # the first round warms up
-                times[name].append(clock() - start)
+            for _ in range(calls[name]):
+                contestants[name]()
+            seconds = (clock() - start) / calls[name]
+            if r:
+                times[name].append(seconds)
+            else:
+                calls[name] = math.ceil(LONG_ENOUGH / max(seconds, 1e-6))
     return times
 
 
