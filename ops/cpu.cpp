@@ -425,9 +425,9 @@ template <typename T, typename S>
 void backward(const Sizes& z, const int64_t* shapes, const S* out_grad, const S* value, const T* locations,
               const T* attention, S* value_grad, T* location_grad, T* attention_grad, int threads) {
   constexpr bool same = std::is_same_v<T, S>;  // else the value gradient needs a wider buffer to add up in
-  const bool pack = worth_packing<T, S>(z) || !same;
-  const auto tasks = make_tasks(z, pack ? z.M : std::min<int64_t>(z.M, threads), 1);
-  auto workers = make_workers<T, S>(z, shapes, tasks, threads, pack, pack && value_grad);
+  const bool pack = worth_packing<T, S>(z), buffer = pack || !same;
+  const auto tasks = make_tasks(z, buffer ? z.M : std::min<int64_t>(z.M, threads), 1);
+  auto workers = make_workers<T, S>(z, shapes, tasks, threads, pack, buffer && value_grad);
   const int64_t K = z.points(), count = z.B * z.N * z.M;
   if (value_grad) advise_huge(value_grad, z.B * z.S * z.M * z.D * sizeof(S));
   advise_huge(location_grad, 2 * count * K * sizeof(T)), advise_huge(attention_grad, count * K * sizeof(T));
@@ -435,9 +435,9 @@ void backward(const Sizes& z, const int64_t* shapes, const S* out_grad, const S*
     const int64_t image = task.b * z.S * z.M * z.D, width = worker.query.width;
     Rows<const S> rows = {value + image, z.M * z.D, worker.value.data};
     Rows<T> grads = {worker.grad.data + width, width, worker.grad.data};
-    if (pack) {
-      rows = worker.pack(value + image + task.first_head * z.D, z);
-      if (value_grad) memset(static_cast<void*>(worker.grad.data), 0, (z.S + 1) * width * sizeof(T));
+    if (pack) rows = worker.pack(value + image + task.first_head * z.D, z);
+    if (value_grad && buffer) {
+      memset(static_cast<void*>(worker.grad.data), 0, (z.S + 1) * width * sizeof(T));
     } else if (value_grad) {
       const int64_t heads = (task.last_head - task.first_head) * z.D;
       for (int64_t s = 0; s < z.S; ++s) {
@@ -462,7 +462,7 @@ void backward(const Sizes& z, const int64_t* shapes, const S* out_grad, const S*
         worker.query.backward(rows, value_grad ? &grads : nullptr, z.D, out_grad + at * z.D,
                               location_grad + 2 * at * K, attention_grad + at * K);
       }
-    if (pack && value_grad) worker.unpack_grad(z, value_grad + image + task.first_head * z.D);
+    if (value_grad && buffer) worker.unpack_grad(z, value_grad + image + task.first_head * z.D);
   });
 }
 

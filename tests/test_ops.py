@@ -148,7 +148,7 @@ def test_output_and_gradients_equal_the_loop(run, name, case):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("case", ["usual", "three channels", "71 channels", "more points than cells"])
+@pytest.mark.parametrize("case", ["usual", "three channels", "64 channels", "71 channels", "more points than cells"])
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
 def test_half_precision_is_summed_in_float32(run, name, case, dtype, rounding):
     """Only what is stored in half precision is rounded, once; location and weight gradients are not."""
