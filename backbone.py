@@ -68,7 +68,10 @@ def folded(backbone, dtype=torch.float32, compiled=False, trains=False):
     stem, 0.983 (bench/fidelity.py). compiled: by torch.compile at the first call, once for all sizes of images.
     """
     plain, pairs = copy.deepcopy(backbone).requires_grad_(False).to(memory_format=torch.channels_last), []
+    onednn = next(plain.parameters()).device.type == "cpu" and torch.backends.mkldnn.is_available()
     for name, parent in plain.named_modules():
+        if onednn and isinstance(parent, nn.Conv2d) and parent.kernel_size == (1, 1):
+            parent.dilation = (2, 2)  # nothing to a single cell; else torch avoids oneDNN for few images in one thread
         children = list(parent.named_children())
         for (a, conv), (b, norm) in zip(children, children[1:], strict=False):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm2d):

@@ -360,6 +360,27 @@ def test_folded_backbone_takes_many_images_a_few_at_a_time(B, monkeypatch):
     assert a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=1e-4 * a.abs().max().item() if B else 0)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch is built without oneDNN")
+@pytest.mark.parametrize("trains", [False, True])
+def test_folded_backbone_takes_onednn_in_one_thread_too(trains):
+    """torch's own choice for 1 x 1 convolutions of few images in one thread takes twice as long on some processors."""
+    backbone, threads = random_backbone("mobilenet_v2"), torch.get_num_threads()
+    backbone.freeze((32,))
+    x, used = torch.randn(2, 3, 64, 96), {}
+    try:
+        torch.set_num_threads(1)
+        for name, f in (("plain", backbone), ("folded", folded(backbone, trains=trains))):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                h = f(x, (32,))[32]
+                if h.requires_grad:
+                    h.sum().backward()
+            used[name] = {event.key for event in profile.key_averages()}
+    finally:
+        torch.set_num_threads(threads)
+    slow = {name: any("slow_conv" in key for key in keys) for name, keys in used.items()}
+    assert slow == {"plain": True, "folded": False}
+
+
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
 def test_backbone_folded_in_training_has_the_gradients_of_the_backbone(name):
     backbone = random_backbone(name).double()
