@@ -371,14 +371,16 @@ def check_settings(saved, now, ignore=()):
 
 
 def commit():
-    """Short git commit of this folder, '-dirty' if files were changed since, or None; never fails."""
+    """Short git commit of this folder, '-dirty' if files but stored results changed since, or None; never fails."""
     here = Path(__file__).resolve().parent
     env = {**os.environ, "GIT_CEILING_DIRECTORIES": str(here.parent)}  # not of a project this one was copied into
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]
+    said = partial(subprocess.check_output, text=True, timeout=10, env=env, cwd=here, stderr=subprocess.DEVNULL)
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, env=env).stdout.strip() or None
+        name = said(["git", "describe", "--always", "--exclude=*"]).strip()
+        changed = said(["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results"])
     except (OSError, subprocess.SubprocessError):
         return None
+    return name + "-dirty" * bool(changed)
 
 
 @contextmanager

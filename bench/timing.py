@@ -4,13 +4,12 @@ import json
 import math
 import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
 import torch
 
-from runtime import bfloat16_pays
+import runtime
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "speed.jsonl"
@@ -48,7 +47,7 @@ def compare_steps(contestant, other, args):
     steps = {"ours": (True, False), other: (False, False)}
     steps |= {"ours, bfloat16": (True, True), f"{other}, autocast": (False, True)}
     pairs = [(other, "ours"), (other, "ours, bfloat16"), (f"{other}, autocast", "ours, bfloat16")]
-    if not bfloat16_pays(torch.device("cpu")):
+    if not runtime.bfloat16_pays(torch.device("cpu")):
         print("this machine emulates bfloat16, which is left out")
         steps, pairs = dict(list(steps.items())[:2]), pairs[:1]
     times = paired({name: contestant(*settings) for name, settings in steps.items()}, args.rounds, args.threads)
@@ -56,28 +55,10 @@ def compare_steps(contestant, other, args):
 
 
 def record(entry):
-    """Prints a result and appends it, with where and when it was taken, to the results file."""
-    commit = git("describe", "--always")
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    """Appends a result, with where and when it was taken, to the results file."""
     cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    where = {"commit": commit + "-dirty" * bool(changed), "cpu": cpu[0] if cpu else platform.processor()}
+    where = {"commit": runtime.commit(), "cpu": cpu[0] if cpu else platform.processor(), "torch": torch.__version__}
+    when = {"threads": torch.get_num_threads(), "date": time.strftime("%F")}
     RESULTS.parent.mkdir(exist_ok=True)
     with open(RESULTS, "a") as file:
-        file.write(
-            json.dumps(
-                {
-                    **entry,
-                    **where,
-                    "torch": torch.__version__,
-                    "threads": torch.get_num_threads(),
-                    "date": time.strftime("%F"),
-                }
-            )
-            + "\n"
-        )
-
-
-def git(*words):
-    """What git says of this folder; nothing where there is no repository."""
-    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False, cwd=HERE.parent)
-    return done.stdout.strip()
+        file.write(json.dumps({**entry, **where, **when}) + "\n")

@@ -107,7 +107,7 @@ def test_step_takes_a_quarter_of_the_released_operations_and_hardly_ever_waits(m
 def test_step_bench_prints_and_records_paired_ratios(pays, tmp_path, monkeypatch, capsys):
     """Narrow: a machine that emulates bfloat16 would compute for minutes; there the bench itself leaves it out."""
     narrow = dict(backbone="resnet18", hidden_dim=32, enc_layers=1, dec_layers=1, num_queries=10)
-    monkeypatch.setattr(timing, "bfloat16_pays", lambda device: pays)
+    monkeypatch.setattr(timing.runtime, "bfloat16_pays", lambda device: pays)
     monkeypatch.setattr(timing, "RESULTS", tmp_path / "speed.jsonl")
     monkeypatch.setattr(training, "build_detector", lambda variant: build_detector(variant, **narrow))
     monkeypatch.setattr(training, "photographs", partial(training.photographs, R=2, side=32))

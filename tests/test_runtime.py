@@ -493,6 +493,15 @@ def test_commit_is_short_or_none_and_never_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, "__file__", str(tmp_path / "runtime.py"))
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
     assert len(runtime.commit()) >= 4 and head.startswith(runtime.commit())
+    for name in ("some.py", "bench/results/speed.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for command in (["add", "."], ["commit", "-q", "-m", "second"]):
+        subprocess.run([*git, *command], check=True)
+    (tmp_path / "bench" / "results" / "speed.jsonl").write_text("{}")  # what a run adds to is none of its code
+    assert not runtime.commit().endswith("-dirty")
+    (tmp_path / "some.py").write_text("1")
+    assert runtime.commit().endswith("-dirty")
     (tmp_path / "copied").mkdir()
     monkeypatch.setattr(runtime, "__file__", str(tmp_path / "copied" / "runtime.py"))
     assert runtime.commit() is None  # the commit around a plain copy says nothing about it
