@@ -342,7 +342,7 @@ def refuse_other_networks(path, args):
 
 
 def read_torch(path):
-    """Unpickle with torch's restricted reader; official files also hold argparse.Namespace and numpy scalars."""
+    """By torch's restricted reader, which executes nothing; official files hold Namespace and numpy scalars too."""
     scalar = np.float64(0).__reduce__()[0]
     allowed = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?"))]
     allowed += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # numpy 1 and 2

@@ -220,7 +220,7 @@ class VanillaLayer(Block):
 class ConditionalLayer(Block):
     """Content and position have projections of their own; in cross-attention each head joins [content | position].
 
-    Only the first layer adds the query's own position to the content (Conditional DETR, Sec. 3.3).
+    There, only the first layer adds the query's own position to the content (Conditional DETR, Sec. 3.3).
     """
 
     def __init__(self, row, C, heads, first):

@@ -217,7 +217,7 @@ def train(args, run, stop):
 
         done, epoch, asked = step + 1, epoch_end.get(step + 1, 0), stop()
         window.append({"loss": loss, **terms, "grad_norm": norm, "seconds": time.time() - began})
-        if done % args.log_every == 0 or done == steps:  # the only wait for the device besides matching
+        if done % args.log_every == 0 or done == steps:  # the only wait for the device besides matching and the norm
             values = runtime.mean_over_ranks({k: sum(row[k] for row in window) / len(window) for k in window[0]})
             values |= {"lr": optimizer.param_groups[0]["lr"], "images_per_s": batch_size / values.pop("seconds")}
             log.write(step=done, epoch=done * batch_size / n, **values)

@@ -3,8 +3,9 @@
 Reading order: pretext_losses, match, detection_losses (Eq. 9), region_loss (Eq. 12), global_loss (Eq. 11),
 weighted_sum (Eq. 13), denoising_losses (DN-DETR), helpers.
 
-Boxes are (cx, cy, w, h) in [0, 1] of the unpadded image. B images, N queries, L decoder layers, K logits, T targets
-padded to the largest image (`valid` marks the real ones), J denoising queries, R regions, D feature channels, C width.
+Boxes are (cx, cy, w, h) in [0, 1] of the unpadded image. B images, N queries, L decoder layers, K logits
+(under a softmax the last is "nothing"), T targets padded to the largest image (`valid` marks the real ones), J
+denoising queries, R regions, D feature channels, C width.
 
 `num_boxes` is the one normaliser: all targets of the optimiser step (at least 1) divided by the number of chunks, ranks
 times micro-batches, that share the step. The mean of the chunks' losses is then the loss of the joint batch.
@@ -39,7 +40,7 @@ def pretext_losses(net, answer, batch, how="hungarian", num_boxes=None):
 
     net (model.Pretext) has the heads and says what the terms are; answer (model.Answer) holds V*B rows, Siamese's 2B:
     in the first B, view 1 is searched for the regions of view 2, then the reverse; batch (views.ViewBatch) the clean
-    boxes (V, B, R, 4). num_boxes None: all regions. For Siamese, dividing by the regions of both directions gives their
+    boxes (V, B, R, 4). num_boxes None: V*B*R. For Siamese, dividing by the regions of both directions gives their
     mean, half the sums of Eq. (9) and (12) (released code). how: hungarian or group. Returns "class", "l1", "giou",
     "region" (L,), DETReg's (1,), "consistency" (L,) and "global" (), without the terms whose target or head is absent;
     the share is None for DETReg, whose queries belong to no region. Raises ValueError on another `how`.
@@ -55,14 +56,14 @@ def pretext_losses(net, answer, batch, how="hungarian", num_boxes=None):
     kind = {"softmax": net.softmax, "cost_class": net.cost_class}
     found = (match if how == "hungarian" else match_groups)(pred.logits, pred.boxes, labels, boxes, valid, **kind)
     terms = detection_losses(pred.logits, pred.boxes, found, labels, boxes, softmax=net.softmax, num_boxes=num_boxes)
-    q = full_precision(take_matched(pred.q_hat, found))  # (L, V*B, R, C), all that f_sem needs
+    q_hat = full_precision(take_matched(pred.q_hat, found))  # (L, V*B, R, C), all that f_sem needs
     if answer.p is not None and net.cosine:
-        terms["region"] = region_loss(net.f_sem(q), answer.p, found.matched, num_boxes)  # Eq. (10)
+        terms["region"] = region_loss(net.f_sem(q_hat), answer.p, found.matched, num_boxes)  # Eq. (10)
     elif answer.p is not None:
-        terms["region"] = embedding_loss(net.f_sem(q[-1:]), answer.p, found.matched[-1:], num_boxes)
+        terms["region"] = embedding_loss(net.f_sem(q_hat[-1:]), answer.p, found.matched[-1:], num_boxes)
     if net.consistency is not None:  # a region's output in one view against that in the other (SeqCo-DETR)
-        other, found_there = (x.unflatten(1, (2, -1)).flip(1).flatten(1, 2) for x in (q, found.matched))
-        terms["consistency"] = region_loss(net.consistency(q), other, found.matched & found_there, num_boxes)
+        other, found_there = (x.unflatten(1, (2, -1)).flip(1).flatten(1, 2) for x in (q_hat, found.matched))
+        terms["consistency"] = region_loss(net.consistency(q_hat), other, found.matched & found_there, num_boxes)
     if answer.predicted_context is not None:
         terms["global"] = global_loss(*answer.predicted_context.chunk(2), *answer.projected_context.chunk(2))
     if not net.asks:

@@ -2,9 +2,9 @@
 
 Reading order: 1 the pretext method (paper Sec. 3.3), 2 the detector, 3 small parts; then detectors.py, the decoders,
 and backbone.py.
-Shapes: B images, R regions per image, N queries, L decoder layers, K classes, C width, D backbone channels, H W a
+Shapes: B images, R regions per view, N queries, L decoder layers, K classes, C width, D backbone channels, H W a
 feature map, S tokens of all levels, G levels, H0 W0 the input, M heads, P points, T targets, J
-denoising queries, V views.
+denoising queries, V views, E the width of an attention's queries and keys.
 Boxes are (cx, cy, w, h) in [0, 1] of the unpadded image; masks are True on padding; everything is batch first.
 Modules that live on in a detector carry the names of the official repositories, so their files load as they are.
 """
@@ -52,7 +52,7 @@ class Answer(NamedTuple):
 class Pretext(nn.Module):
     """What Siamese DETR, UP-DETR and DETReg share: a detector, features of regions, and the head that predicts them.
 
-    A method says in `prepare` what a query is told (z) and what it should predict (p), and nothing else but its heads.
+    A method says in `prepare` what a query is told (z) and what it should predict (p); heads and `look` may differ too.
     `losses.pretext_losses` reads the class attributes. Columns of the softmax heads: `first` unused ones (one in the
     released code, none in DETReg), one for each pseudo-class, `other` (a region without one: all of them where there
     are none), and last "nothing".
@@ -401,7 +401,7 @@ class DETR(nn.Module):
         return ctx._replace(c=self.transformer.encoder(ctx))
 
     def decode(self, ctx, z=None, keep=None, attn_mask=None, dn=None):
-        """Eq. (2)-(3), and Eq. (6)-(8) when z is given: the queries look into ctx and the heads read them out.
+        """Eq. (2)-(3) and (8), with z also Eq. (6)-(7): the queries look into ctx and the heads read them out.
 
         z (B, R, C): region features of the other view; every one conditions N // R consecutive queries.
         keep (B, N, 1): queries that get their z (UP-DETR drops some); attn_mask (N, N): True = may not attend;
@@ -444,7 +444,7 @@ class DETR(nn.Module):
     def _prepend_noisy(self, dn, content, anchor):
         """Put DN-DETR's queries before the matching ones -> content, anchors (B, J + N, .) and the attention mask.
 
-        The mask is True where a query may not look: all see the matching queries, a group of noisy targets only itself.
+        True in the mask: may not look. Every query sees the matching ones; noisy ones are seen by their own group only.
         """
         noisy = torch.cat([self.label_enc(dn.noisy_labels), torch.ones_like(dn.noisy_boxes[..., :1])], -1)
         noisy = noisy * dn.valid.unsqueeze(-1)

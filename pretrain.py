@@ -286,7 +286,7 @@ def parameter_groups(net, args):
 
 
 def build_data(args, run):
-    """-> training and held-out `Part`s of one ViewDataset over args.data.
+    """-> training and held-out `Part`s of args.data; the held-out ones ask with boxes that are not jittered.
 
     Of fewer than ten photographs none is held out: the report then asks up to eight that are trained on.
     """

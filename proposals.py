@@ -68,8 +68,9 @@ def edge_boxes(image, max_boxes=512, forest=None):
 def edge_map(image):
     """Thin colour edges of a PIL image -> strength in [0, 1] and angle of the normal in [0, pi), float32 (h, w).
 
-    The larger eigenvalue of the colour structure tensor in Lab, summed over two scales; less its mean around, against
-    texture; thinned along the normal; divided by its 99th percentile. All constants are ours, in pixels of FRAME.
+    The root of the larger eigenvalue of the colour structure tensor in Lab, summed over two scales; less its mean
+    around, against texture; thinned along the normal; divided by its 99th percentile. All constants are ours, in pixels
+    of FRAME.
     """
     scale = FRAME / max(image.size)
     w, h = (max(MIN_SIDE, round(side * scale)) for side in image.size)

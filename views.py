@@ -231,7 +231,7 @@ def diagonal_pair(outer, tau, u1=0.0, u2=0.0):
     """Figure 3 (b): two views on both sides of the centre, along the diagonal of `outer`, as float xyxy (a, b).
 
     In units of the outer sides, views of side s = (1 + r) / 2 overlap in a square of side r, so that IoU = tau where
-    r^2 / (2 s^2 - r^2) = tau, that is (tau + 2) r^2 - 2 tau r - tau = 0. The paper expands the views while IoU > tau;
+    r^2 / (2 s^2 - r^2) = tau, that is (tau + 2) r^2 - 2 tau r - tau = 0. The paper expands them, keeping IoU > tau;
     the released code starts at tau and moves each outer corner back in by the share u in [0, 1] of the margin
     (1 - r) / 2, of which this is the closed form. The overlap stays, so IoU only grows.
     """

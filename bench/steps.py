@@ -37,7 +37,7 @@ def the_image(out, image):
     ax.set_xlabel(f"W0 = {image.width} pixels")
     ax.set_ylabel(f"H0 = {image.height} pixels")
     plots.write(fig, out / "01-image.png")
-    return {"image_shape": f"(3, {image.height}, {image.width})"}
+    return {"image_shape": f"({image.height}, {image.width}, 3)"}
 
 
 def the_proposals(out, image):
