@@ -73,7 +73,7 @@ def cosines(flags, count):
 def curves(data, steps, out):
     """Mean of each loss term over the last half of both runs; draws them all."""
     flags = [*demo.MODEL, *demo.PRETRAIN, *data, "--steps", steps, "--save-every", steps, "--log-every", 10]
-    runs = {"float32": [flag for flag in flags if flag != "--amp"], "bfloat16": flags}
+    runs = {"float32": flags, "bfloat16": [*flags, "--amp"]}
     for name, words in runs.items():
         demo.run("pretrain.py", *words, "--out", out / name)
     plots.save_curves(out / "bf16.png", {name: out / name for name in runs}, TERMS)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import demo, fidelity
 from bench.demo import table
 
 
@@ -13,6 +14,16 @@ def test_table_lists_both_arms_at_common_epochs():
     points = {"from scratch": [{"epoch": 2, "AP": 0.1, "AP50": 0.2}, {"epoch": 4, "AP": 0.2, "AP50": 0.3}]}
     points["pretrained"] = [{"epoch": 2, "AP": 0.3, "AP50": 0.45}]
     assert table(points).splitlines()[-1].split() == ["2", "20.0", "10.0", "45.0", "30.0"]
+
+
+def test_fidelity_compares_two_runs_that_differ_in_amp_alone(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(demo, "run", lambda *words: commands.append([str(word) for word in words]))
+    monkeypatch.setattr(fidelity.plots, "save_curves", lambda *_: None)
+    monkeypatch.setattr(fidelity.plots, "read_log", lambda _: [{"step": 10, **dict.fromkeys(fidelity.TERMS, 1.0)}])
+    assert fidelity.curves(["--data", "x"], 10, tmp_path)["float32"]["loss"] == 1
+    plain, half = (" ".join(words).replace("float32", "bfloat16") for words in commands)
+    assert half.replace(" --amp", "") == plain != half
 
 
 @pytest.mark.slow
