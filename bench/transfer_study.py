@@ -73,7 +73,7 @@ NEEDS = {  # what a {name} in the flags stands for: the file or folder, and the 
     "scenes": ("scenes/unlabelled", "data.py toy {out}/scenes --unlabelled 1000"),
     "scenes-edgeboxes": ("scenes-edgeboxes/meta.json", "proposals.py {scenes} {out}/scenes-edgeboxes --workers 1"),
     "own-boxes": ("own-boxes/meta.json", "finetune.py --export-proposals {out}/own-boxes --predict {data} "
-                  "--resolution 192 --init {siamese}"),
+                  "--resolution 192 --init {siamese} --out {out}"),
 }  # fmt: skip
 PRETRAIN = "--resolution 192 --batch-size 8 --lr 3e-4 --workers 0 --log-every 50"  # float32: the same on any machine
 FINETUNE = "--resolution 256 --batch-size 8 --lr-backbone 0 --workers 0 --save-every 5"
