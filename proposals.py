@@ -258,21 +258,31 @@ def write_boxes(source, out, images, found):
     """Write boxes made elsewhere, a detector's, as the cache `out` of kind "model" -> Cache.
 
     found: for each image of the ImageList `images` its size (w, h), boxes (k, 4) xyxy, best first, and scores (k,).
-    Raises ValueError when `out` is complete already or holds anything else.
+    Raises ValueError when `out` is in use, is complete already or holds anything else.
     """
-    out = Path(out)
+    out, plan = Path(out), DEFAULTS | {"kind": "model", "version": 1, "shards": 1}
     out.mkdir(parents=True, exist_ok=True)
-    if begin(out, DEFAULTS | {"kind": "model", "version": 1, "shards": 1}, source, images.paths):
-        raise ValueError(f"{out} holds the boxes of an earlier export: give another folder")
-    part = out / "parts" / "0"
-    with open(part, "wb") as file:
-        for size, boxes, scores in found:
-            wide = (boxes[:, :2] < boxes[:, 2:]).all(1)  # sides below float32's resolution are none
-            boxes, scores = boxes[wide][: DEFAULTS["max_boxes"]], scores[wide][: DEFAULTS["max_boxes"]]
-            body = np.asarray(boxes, "<f4").tobytes() + np.asarray(scores, "<f4").tobytes()
-            file.write(packed([*size, len(boxes)], body))
-    join(out, [part], images, "model")
-    return Cache(out)
+    with open(out / "lock", "a") as lock:
+        claim(lock, out, 1)
+        if begin(out, plan, source, images.paths):
+            raise ValueError(f"{out} holds the boxes of an earlier export: give another folder")
+        part = out / "parts" / "0"
+        with open(part, "wb") as file:
+            for size, boxes, scores in found:
+                wide = (boxes[:, :2] < boxes[:, 2:]).all(1)  # sides below float32's resolution are none
+                boxes, scores = boxes[wide][: plan["max_boxes"]], scores[wide][: plan["max_boxes"]]
+                body = np.asarray(boxes, "<f4").tobytes() + np.asarray(scores, "<f4").tobytes()
+                file.write(packed([*size, len(boxes)], body))
+        join(out, [part], images, "model")
+        return Cache(out)
+
+
+def claim(lock, out, byte):
+    """Lock a byte of the open file OUT/lock until it or the process ends; ValueError if another process has it."""
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+    except OSError as error:
+        raise ValueError(f"another process is writing {out}: wait for its end, or give another OUT") from error
 
 
 def same_files(out, source, paths, accepted, rejected=()):
@@ -314,10 +324,7 @@ def write_cache(source, out, workers=1, shard=(0, 1), **settings):
         fcntl.lockf(lock, fcntl.LOCK_EX, 1, 0)  # byte 0: who sets up or joins, others wait
         if begin(out, settings | plan, source, images.paths):
             return Cache(out)
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 1 + shard[0])  # byte 1 + i: who writes shard i
-        except OSError as error:
-            raise ValueError(f"another process is writing {out}: wait for its end, or give another OUT") from error
+        claim(lock, out, 1 + shard[0])  # byte 1 + i: who writes shard i
         fcntl.lockf(lock, fcntl.LOCK_UN, 1, 0)
         parts = [out / "parts" / str(i) for i in range(shard[1])]
         ends = [len(images.paths) * i // shard[1] for i in range(shard[1] + 1)]

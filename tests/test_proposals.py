@@ -5,6 +5,8 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -464,3 +466,18 @@ def test_boxes_of_a_detector_become_a_cache(tmp_path):
     with pytest.raises(ValueError, match="no whole proposal cache"):
         Cache(tmp_path / "cut")
     assert len(write_boxes(photos, tmp_path / "cut", images, iter(found))) == 2
+
+
+def test_two_exports_into_one_folder_are_refused(tmp_path):
+    from proposals import write_boxes
+
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    out, seen = tmp_path / "out", []
+    other = f"import data, proposals; proposals.write_boxes(0, {str(out)!r}, data.list_images({str(tmp_path)!r}), ())"
+
+    def found():
+        seen.append(subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, cwd=ROOT).stderr)
+        yield (64, 48), np.array([[1, 2, 30, 40]], np.float32), np.ones(1, np.float32)
+
+    assert len(write_boxes(tmp_path, out, list_images(tmp_path), found()).boxes(0)) == 1
+    assert "another process is writing" in seen[0]
