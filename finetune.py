@@ -52,7 +52,7 @@ class Recipe(NamedTuple):
 # poster has only AP: they train as Conditional does (ours). VOC 10 % has no schedule either: epochs and drop are
 # DETReg's for it (ours). The slow parameters are those of official Deformable DETR.
 SINGLE, DEFORMABLE = Recipe(50, 40, 1e-4, 5e-5), Recipe(50, 40, 2e-4, 2e-5, slow=0.1)
-VOC = dict.fromkeys(VARIANTS, SINGLE) | dict.fromkeys(("deformable-ss", "deformable-ms"), DEFORMABLE)
+VOC = {name: DEFORMABLE if row.decoder == "deformable" else SINGLE for name, row in VARIANTS.items()}
 RECIPES = {
     "coco": {**VOC, "vanilla": SINGLE._replace(epochs=150, drop_epoch=120)},
     "voc": VOC,  # Table 2 has vanilla with 150 epochs too; its drop is not given
@@ -73,7 +73,7 @@ def parse_args(argv=None):
     add("--fraction-seed", type=int, default=0, help="which images these are, by DETReg's rule (default 0)")
     add("--limit", type=int, metavar="N", help="first N images of --train, --val or --predict only, for a quick look")
     add("--overfit", type=int, metavar="N", help="train and evaluate on the first N training images, not augmented")
-    add("--resolution", type=int, help="short side in pixels; all other sizes follow (default 800, as DETR)")
+    add("--resolution", type=int, help="short side, pixels; other sizes follow (default 800; to look: --init's)")
     add("--workers", type=int, default=4, help="loader processes per rank (default 4)")
     add = p.add_argument_group("model (default: as in --init, else the paper's sizes)").add_argument
     add("--init", metavar="FILE", help="checkpoint, ours or public; its class head is kept if the classes are the same")
@@ -91,7 +91,7 @@ def parse_args(argv=None):
     add = p.add_argument_group("optimisation (default: the recipe's)").add_argument
     add("--recipe", choices=RECIPES, default="coco", help="schedule of Sec. 4.1; other data: --epochs (default coco)")
     add("--epochs", type=int, help="passes over the training images")
-    add("--drop-epoch", type=int, help="epoch after which both rates fall to a tenth")
+    add("--drop-epoch", type=int, help="epoch after which both rates fall to a tenth (default: the recipe's share)")
     add("--batch-size", type=int, help="images per optimiser step, all processes together")
     add("--micro-batch", type=int, help="images per forward and process (default: no accumulation)")
     add("--lr", type=float, help="AdamW's rate above the backbone")
@@ -117,12 +117,16 @@ def parse_args(argv=None):
     add("--keep-every", type=int, help="epochs; the weights of these stay as epoch-NNNN.pt")
     args = p.parse_args(argv)
     look = args.eval_only or args.predict
-    needed = {"init": look, "train": not look, "val": not args.predict and not args.overfit}
+    needed = {"init": look, "train": not look, "val": args.eval_only or not (args.predict or args.overfit)}
     needed["predict"] = args.export_proposals
     for name in [name for name, need in needed.items() if need and not getattr(args, name)]:
         p.error(f"--{name} is needed here; see --help")
     if args.export_proposals and args.limit:
         p.error("--limit with --export-proposals: the cache of a part would fit no --data of pretrain.py")
+    if args.init and args.backbone_weights != "random":
+        p.error(f"--backbone-weights {args.backbone_weights}: --init has the backbone; leave one of them out")
+    if args.workers < 0 or args.seed < 0:
+        p.error(f"--workers {args.workers}, --seed {args.seed}: give 0 or more")
     if args.fraction is not None and not 0 < args.fraction <= 1:
         p.error(f"--fraction {args.fraction}: give a share in (0, 1]")
     counts = "limit overfit epochs batch_size micro_batch log_every eval_every save_every keep_every resolution".split()
@@ -138,6 +142,8 @@ def main(argv=None):
             folder.mkdir(parents=True, exist_ok=True)
         run = runtime.setup(args.device, args.amp)
         if args.predict or args.eval_only:  # a signal ends these at once: there is nothing to save
+            if args.predict and run.world > 1:
+                raise ValueError("--predict and --export-proposals run in one process: leave torchrun out")
             look = export_proposals if args.export_proposals else predict
             return look(args, run) if args.predict else evaluate_file(args, run)
         with runtime.stop_on_signals() as stop:
@@ -297,6 +303,8 @@ def resolve(args, source):
     given = {key: getattr(args, key) for key in (*SHAPE, "dropout") if getattr(args, key) is not None}
     build = {"variant": "conditional", **build, **given}
     recipe = RECIPES[args.recipe][build["variant"]]._asdict()
+    if args.epochs and args.drop_epoch is None:
+        args.drop_epoch = round(args.epochs * recipe["drop_epoch"] / recipe["epochs"])
     for key, value in {"resolution": 800, "variant": build["variant"], **recipe}.items():  # 800: released code, DETR's
         setattr(args, key, value if getattr(args, key, None) is None else getattr(args, key))
     return build

@@ -572,7 +572,7 @@ class BatchNorm(nn.BatchNorm1d):
         x = at_least_float32(x)
         if not self.training or not (dist.is_initialized() and dist.get_world_size() > 1):
             if self.training and len(x) < 2:
-                raise ValueError("the global head's batch norm needs two images a forward: raise --micro-batch")
+                raise ValueError("the global head needs two images a forward: raise --batch-size or --micro-batch")
             return super().forward(x)
         total = SumOverRanks.apply(torch.cat([x.sum(0), (x * x).sum(0), x.new_tensor([len(x)])]))
         n = total[-1].detach()

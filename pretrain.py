@@ -97,7 +97,7 @@ def parse_args(argv=None):
         default="auto",
         help="file: SwAV, torchvision or timm; 'auto' (default): mobilenet_v2's installed wheel; 'random'",
     )
-    g.add_argument("--stride", type=int, default=32, help="map read by single-scale variants, 16 or 32 (default 32)")
+    g.add_argument("--stride", type=int, help="map read by single-scale variants, 16 or 32 (default 32)")
     g.add_argument("--region-stride", type=int, help="map the regions' features come from (default: the detector's)")
     g.add_argument(
         "--centre-features",
@@ -112,12 +112,12 @@ def parse_args(argv=None):
     g.add_argument("--pre-norm", action="store_true", help="vanilla with norms before the layers, as UP-DETR")
     g.add_argument("--box-refine", action="store_true", help="Deformable with refined boxes (not in the paper)")
     g = p.add_argument_group("optimisation (defaults from the recipe)")
-    g.add_argument("--recipe", choices=RECIPES, default="imagenet", help="budget, sizes and weights (default imagenet)")
+    g.add_argument("--recipe", choices=RECIPES, default="imagenet", help="sizes, weights, budget (default imagenet)")
     g.add_argument("--steps", type=int, help="optimiser steps")
-    g.add_argument("--drop-step", type=int, help="step at which the rate falls to a tenth (default: 2/3 of --steps)")
+    g.add_argument("--drop-step", type=int, help="when the rate falls to a tenth (default: 2/3 of --steps if given)")
     g.add_argument("--batch-size", type=int, help="photographs per optimiser step, all processes together")
     g.add_argument("--micro-batch", type=int, help="photographs per forward and process (default: no accumulation)")
-    g.add_argument("--lr", type=float, help="AdamW's (default: the recipe's, 1e-4)")
+    g.add_argument("--lr", type=float, help="AdamW's (default: the recipe's)")
     g.add_argument("--weight-decay", type=float, default=1e-4, help="on all parameters (default 1e-4)")
     g.add_argument("--clip", type=float, default=0.1, help="largest norm of the gradient (default 0.1)")
     g = p.add_argument_group("run")
@@ -148,6 +148,14 @@ def parse_args(argv=None):
         p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least 1")
     if args.workers < 0 or args.seed < 0:
         p.error(f"--workers {args.workers}, --seed {args.seed}: give 0 or more")
+    for name in ("tau", "region_nms", "no_global", "decoder_consistency") if args.method != "siamese" else ():
+        if getattr(args, name) != p.get_default(name):
+            p.error(f"--{name.replace('_', '-')} means nothing to --method {args.method}: leave it out")
+    if args.init and args.backbone_weights not in ("auto", "random"):
+        p.error(f"--backbone-weights {args.backbone_weights}: --init has the backbone; leave one of them out")
+    if args.stride and VARIANTS[args.variant].levels > 1:
+        p.error(f"--stride {args.stride}: {args.variant} reads all maps; leave it out")
+    args.stride = args.stride or 32
     return args
 
 
@@ -169,7 +177,8 @@ def pretrain(args, run, stop):
 
     # --- model: only what trains is given to the optimiser; the frozen backbone stays outside DDP's buckets
     torch.manual_seed(args.seed)
-    net = build_net(args, run)
+    found = runtime.latest_checkpoint(args.out)
+    net = build_net(args, run, bool(found))
     weights = loss_weights(args, net)
     groups = parameter_groups(net, args)
     parameters = [p for group in groups for p in group["params"]]
@@ -177,7 +186,6 @@ def pretrain(args, run, stop):
 
     # --- resume
     settings, start = vars(args), 0
-    found = runtime.latest_checkpoint(args.out)
     if found:
         _, saved = found
         runtime.check_settings(saved["settings"], settings, ignore=RUN_ONLY)
@@ -234,17 +242,17 @@ def pretrain(args, run, stop):
             values = {"loss": total.detach(), **{k: v.detach().sum() for k, v in terms.items()}}
             values["no_proposal"] = batch.fallback.float().mean()
             window.append(values if own_group is None else {**values, "batch_own_group": own_group})
-        norm = nn.utils.clip_grad_norm_(parameters, args.clip)  # released code
+        norm = window[-1]["grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.clip)  # released code
         if not norm.isfinite():
             rows = runtime.gather_rows(torch.cat([batch.index for batch in batches])).tolist()
             terms = {k: sum(v[k] for v in window[-len(batches) :]) / len(batches) for k in values}
-            runtime.stop_not_finite(args.out, log, step, state(step), group["lr"], terms,
+            runtime.stop_not_finite(args.out, log, step, state(step), optimizer.param_groups[0]["lr"], terms,
                                     [train_set.paths[i] for i in rows])  # fmt: skip
         optimizer.step()
         if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
-            mean = {k: torch.stack([values[k] for values in window]).mean() for k in window[0]}
+            mean = {k: torch.stack([values[k] for values in window if k in values]).mean() for k in window[-1]}
             rate = bar.format_dict["rate"] or 0.0  # steps a second, a running mean
-            mean = runtime.mean_over_ranks(mean) | {"grad_norm": float(norm), "images_per_s": rate * args.batch_size}
+            mean = runtime.mean_over_ranks(mean) | {"images_per_s": rate * args.batch_size}
             log.write(step=step + 1, lr=optimizer.param_groups[0]["lr"], **mean)
             window.clear()
         asked = stop()
@@ -306,8 +314,6 @@ def build_data(args, run):
     images = list_images(args.data) if proposals is None else proposals.image_list(args.data)
     if args.limit:
         images = images._replace(paths=images.paths[: args.limit])
-    if not images.paths:
-        raise ValueError(f"{args.data}: no photographs found; give a folder, a list file or a COCO json")
     # DETReg has ImageNet's sizes on COCO too, and so have the recipes that stand for ImageNet (released code)
     sizes = "coco" if args.recipe == "coco" and args.method != "detreg" else "imagenet"
     short_sides, longest = scaled(sizes, args.resolution)
@@ -335,16 +341,15 @@ class Part(Dataset):
         return self.dataset[epoch, int(self.rows[i])]
 
 
-def build_net(args, run):
-    """The detector with its frozen backbone's weights, inside the pretext method, on the device."""
+def build_net(args, run, resumed=False):
+    """The detector inside the pretext method, on the device; unless resumed with the weights that --init, or else
+    --backbone-weights, gives it."""
     optional = {k: v for k, v in {"num_queries": args.num_queries, "dropout": args.dropout}.items() if v is not None}
     optional |= {k: True for k in ("pre_norm", "box_refine") if getattr(args, k)}
     if VARIANTS[args.variant].levels == 1:
         optional["stride"] = args.stride
     detector = build_detector(args.variant, num_classes=2, backbone=args.backbone, hidden_dim=args.hidden_dim,
                               enc_layers=args.enc_layers, dec_layers=args.dec_layers, **optional)  # fmt: skip
-    if args.decoder_consistency and args.method != "siamese":
-        raise ValueError(f"--decoder-consistency compares two views, --method {args.method} has one: leave it out")
     if args.match == "group" and args.method == "detreg":
         raise ValueError("--match group: DETReg's queries belong to no region; choose hungarian")
     if args.compat:
@@ -353,9 +358,11 @@ def build_net(args, run):
     net = METHODS[args.method](detector, args.region_target, not args.no_global, args.region_stride,
                                args.centre_features, clusters, args.decoder_consistency,
                                plain_mean=args.compat is not None)  # fmt: skip
-    messages = [] if args.backbone_weights == "random" else load_backbone(detector, args.backbone_weights)
-    if args.init:
-        messages += load_detector(detector, args.init)
+    messages = []
+    if args.init and not resumed:
+        messages = load_detector(detector, args.init)
+    elif args.backbone_weights != "random" and not resumed:
+        messages = load_backbone(detector, args.backbone_weights)
     if run.rank == 0:
         print("\n".join(messages))
     return net.to(run.device).train()

@@ -111,7 +111,7 @@ def test_recipes_hold_the_published_schedules():
     assert {r.fraction for r in finetune.RECIPES["voc10"].values()} == {0.1}
     args = parse("--recipe", "voc", "--variant", "dab", "--lr", "3e-4", "--epochs", "7")  # a flag overrides its entry
     finetune.resolve(args, None)
-    assert (args.lr, args.epochs, args.drop_epoch, args.lr_backbone, args.fraction) == (3e-4, 7, 40, 5e-5, 1.0)
+    assert (args.lr, args.epochs, args.drop_epoch, args.lr_backbone, args.fraction) == (3e-4, 7, 6, 5e-5, 1.0)
 
 
 def test_voc10_is_the_same_1655_of_16551_images_for_everyone(monkeypatch):
@@ -532,9 +532,23 @@ def test_bad_files_are_refused_in_a_sentence(toy, trained, pretrained, tmp_path,
         assert words in refused(capsys, f"{case} --out {tmp_path / 'out'}")
 
 
+def test_rates_drop_at_the_recipes_share_of_the_epochs_unless_told():
+    for flags, drop in ((["--epochs", "25"], 20), (["--epochs", "25", "--drop-epoch", "7"], 7), ([], 40)):
+        args = parse(*flags)
+        finetune.resolve(args, None)
+        assert args.drop_epoch == drop
+
+
+def test_predict_and_export_refuse_more_than_one_process(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(finetune.runtime, "setup", lambda *_: finetune.runtime.Run(torch.device("cpu"), 0, 2))
+    assert "leave torchrun out" in refused(capsys, f"--predict a.jpg --init b.pt --out {tmp_path}")
+
+
 @pytest.mark.parametrize("more", ["--train a", "--eval-only --val b", "--predict c", "--train a --val b --epochs 0",
                                   "--train a --val b --fraction 1.5", "--train a --val b --fraction nan",
-                                  "--predict a --init b --export-proposals c --limit 3"])  # fmt: skip
+                                  "--predict a --init b --export-proposals c --limit 3",
+                                  "--eval-only --init a --overfit 8", "--train a --val b --workers -1",
+                                  "--train a --val b --init c --backbone-weights d"])  # fmt: skip
 def test_parse_args_refuses_what_cannot_run(more):
     with pytest.raises(SystemExit) as stopped:
         finetune.parse_args(more.split())

@@ -471,7 +471,6 @@ def test_boxes_of_a_pretrained_detector_are_proposals_for_another_round(photos, 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--method", "updetr", "--decoder-consistency"], "--decoder-consistency"),
         (["--method", "detreg", "--match", "group"], "--match group"),
         (["--method", "detreg", "--region-target", "roi"], "--region-target roi"),
         (["--pseudo-classes", "nowhere.npy"], "nowhere.npy"),

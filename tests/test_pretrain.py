@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torch import nn
 
@@ -231,11 +232,40 @@ def test_toy_scenes_are_drawn_once_and_pretrained_on(tmp_path, capsys):
 
 
 def test_init_starts_from_a_checkpoints_detector(photos, tmp_path):
-    pretrain(photos, tmp_path / "first")
+    pretrain(photos, tmp_path / "first", "--backbone", "resnet18")
     path = latest_checkpoint(tmp_path / "first")[0]
-    args = parse_args(["--data", str(photos), "--out", "unused", *TINY, "--init", str(path), "--seed", "5"])
+    flags = [*TINY, "--backbone-weights", "auto", "--seed", "5"]  # auto has none for a ResNet: the file's are used
+    args = parse_args(["--data", str(photos), "--out", "unused", *flags, "--init", str(path), "--backbone", "resnet18"])
     state, old = tiny_net(args).detector.state_dict(), latest_checkpoint(tmp_path / "first")[1]["model"]
     assert all(torch.equal(v, old[k]) for k, v in state.items() if not k.startswith("class_embed"))
+
+
+def test_resumed_run_needs_no_file_of_backbone_weights(photos, tmp_path, capsys):
+    file = tmp_path / "resnet18.pth"
+    torch.save(torchvision.models.resnet18().state_dict(), file)
+    flags = ["--backbone", "resnet18", "--backbone-weights", str(file)]
+    assert pretrain(photos, tmp_path / "run", *flags) == 0
+    file.unlink()
+    assert pretrain(photos, tmp_path / "run", *flags) == 0 and "finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", ["--method updetr --tau 0.6", "--method detreg --region-nms 0.5",
+                                   "--method updetr --no-global", "--method updetr --decoder-consistency",
+                                   "--variant deformable-ms --stride 16", "--init a --backbone-weights b",
+                                   "--seed -1"])  # fmt: skip
+def test_flag_that_would_do_nothing_is_refused_by_name(flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_args(["--data", "x", "--out", "y", *flags.split()])
+    assert stopped.value.code == 2 and flags.split()[-2 if flags[-1] in "0123456ab" else -1] in capsys.readouterr().err
+
+
+def test_gradient_norm_in_the_log_is_the_mean_since_the_last_line(photos, tmp_path):
+    found = {}
+    for every in ("1", "3"):
+        assert pretrain(photos, tmp_path / every, "--log-every", every, "--micro-batch", "2") == 0
+        found[every] = [line["grad_norm"] for line in log(tmp_path / every) if "grad_norm" in line]
+    each = np.array(found["1"])
+    assert found["3"] == pytest.approx([each[:3].mean(), each[3:].mean()]) and each.std() > 0
 
 
 def test_group_matching_keeps_every_match_in_its_group_and_limit_cuts_the_data(photos, tmp_path):
