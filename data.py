@@ -229,7 +229,7 @@ def read_annotations(source, split="trainval", quiet=False):
     elif len(sources) == 1 and sources[0].suffix.lower() == ".json":
         root, table = coco_table(sources[0])
     else:
-        raise ValueError(f"{source} is neither one COCO json nor VOC roots with the folders Annotations and JPEGImages")
+        raise ValueError(f"{source} is neither one COCO json nor VOC roots: give a .json, or folders with JPEGImages")
     images = [{"id": row["id"], "path": row["file_name"], **image_size(root, row)} for row in table["images"]]
     categories = sorted((row["id"], str(row.get("name", row["id"]))) for row in entries(source, table, "categories"))
     place = {image["id"]: i for i, image in enumerate(images)}

@@ -75,10 +75,10 @@ def rename(state, rows, back=False, strict=True):
         else:
             unknown.append(name)
         if name in renamed:
-            raise ValueError(f"two tensors become {name}: the file mixes two layouts")
+            raise ValueError(f"two tensors become {name}: the file mixes two layouts; save it again from one")
         renamed[name] = tensor
     if unknown and strict:
-        raise ValueError(f"this layout has no name for {few(unknown)}")
+        raise ValueError(f"this layout has no name for {few(unknown)}: drop these, or choose another --to")
     return renamed
 
 

@@ -171,7 +171,8 @@ class Cache:
             raise ValueError(f"{path} is no whole proposal cache ({error}): write it with proposals.py") from error
         self.classes = read_classes(classes) if classes else None
         if classes and len(self.classes) != len(self._boxes):
-            raise ValueError(f"{classes} has {len(self.classes)} labels for the {len(self._boxes)} boxes of {path}")
+            labels, boxes = len(self.classes), len(self._boxes)
+            raise ValueError(f"{classes} has {labels} labels for the {boxes} boxes of {path}: cluster them again")
 
     def __len__(self):
         return len(self.sizes)
