@@ -166,9 +166,12 @@ def to_tensor(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def resize_size(w, h, short, longest):
-    """(w, h) with the short side at `short`, or less where the long side would pass `longest` (released code)."""
-    small, large = min(w, h), max(w, h)
+def resize_size(w, h, short, longest=None):
+    """(w, h) with the short side at `short`, or less where the long side would pass `longest` (released code).
+
+    longest None: in DETR's proportion, 1333 to 800.
+    """
+    small, large, longest = min(w, h), max(w, h), longest or max(1, round(short * 1333 / 800))
     if large / small * short > longest:
         short = max(1, round(longest * small / large))
     if short == small:

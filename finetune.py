@@ -429,15 +429,8 @@ def export_proposals(args, run):
     """
     if len(args.predict) > 1:
         raise ValueError("--export-proposals writes the cache of one folder, list file or json: give one to --predict")
-    tensors, meta = convert.read_weights(Path(args.init))
-    method = None if meta.get("classes") else METHODS.get(meta.get("method"))
-    if method:
-        detector = build_detector(**meta["build"])
-        (outputs,) = {len(v) for name, v in tensors.items() if re.fullmatch(r"class_embed\.(\d+\.)?bias", name)}
-        detector.pretext_heads(outputs)
-        detector.load_state_dict(tensors)
-        detector.resolution = 800
-    else:
+    detector, method = load_pretrained(args.init)
+    if detector is None:
         detector, _ = load_detector(args.init, args)
     detector.eval().to(run.device).resolution = args.resolution or detector.resolution
     detector.fold_backbone(torch.bfloat16 if args.amp else torch.float32)
@@ -473,6 +466,20 @@ def load_detector(path, args=None):
     return detector.eval(), [name for _, name in classes]
 
 
+def load_pretrained(path):
+    """A checkpoint of pretrain.py -> (detector with the pretext task's head, its method's class), else (None, None)."""
+    tensors, meta = convert.read_weights(Path(path))
+    method = None if meta.get("classes") else METHODS.get(meta.get("method"))
+    if not method:
+        return None, None
+    detector = build_detector(**meta["build"])
+    (outputs,) = {len(v) for name, v in tensors.items() if re.fullmatch(r"class_embed\.(\d+\.)?bias", name)}
+    detector.pretext_heads(outputs)
+    detector.load_state_dict(tensors)
+    detector.resolution = 800
+    return detector.eval(), method
+
+
 @torch.no_grad()
 def detect(detector, classes, image, threshold=0.5):
     """Objects of an image (path or PIL image), best first: [(class name, score, (x0, y0, x1, y1) in its pixels)]."""
@@ -485,7 +492,7 @@ def detect(detector, classes, image, threshold=0.5):
 
 def look_at(detector, image):
     """Prediction of a PIL image at the detector's resolution."""
-    size = data.resize_size(*image.size, detector.resolution, round(detector.resolution * 1333 / 800))
+    size = data.resize_size(*image.size, detector.resolution)
     small, _ = data.cut_window(image, torch.zeros(0, 4), (0, 0, *image.size), size, flip=False)
     x, mask = (t.to(next(detector.parameters()).device) for t in data.pad_stack([data.to_tensor(small)]))
     return detector(data.normalise(x, mask), mask)

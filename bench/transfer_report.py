@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-import convert
 import data
 import finetune
 import plots
@@ -18,7 +17,7 @@ from bench.figures import shrink
 from bench.transfer_numbers import at_epoch, cells, interval, minus
 from bench.transfer_study import STUDY
 from detectors import cross_attention
-from model import METHODS, build_detector, objectness
+from model import objectness
 from proposals import Cache
 
 BEGIN, END = "<!-- transfer:begin -->", "<!-- transfer:end -->"
@@ -305,17 +304,11 @@ def attention(checkpoint, image):
     """Cross-attention (H, W) of the last layer, heads averaged, of the query that is surest of an object."""
     if checkpoint is None:
         return None
-    tensors, meta = convert.read_weights(checkpoint)
-    detector = build_detector(**meta["build"])
-    outputs = next(len(v) for name, v in tensors.items() if re.fullmatch(r"class_embed\.(\d+\.)?bias", name))
-    detector.pretext_heads(outputs)
-    detector.load_state_dict(tensors)
-    detector.eval().resolution = 256
-    found = []
+    (detector, made_by), found = finetune.load_pretrained(checkpoint), []
+    detector.resolution = 256
     weights = cross_attention(detector, lambda: found.append(finetune.look_at(detector, image)))
-    made_by = METHODS[meta["method"]]
     score = objectness(found[0].logits[-1, 0], made_by.softmax or detector.row.softmax, made_by.first)
-    w, h = data.resize_size(*image.size, 256, round(256 * 1333 / 800))
+    w, h = data.resize_size(*image.size, 256)
     stride = detector.strides[0]
     return weights[0, :, score.argmax()].mean(0).reshape(-(-h // stride), -(-w // stride)).numpy()
 
