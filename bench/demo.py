@@ -27,8 +27,7 @@ MODEL = ["--variant", "conditional", "--backbone", "mobilenet_v2", "--stride", 1
 PRETRAIN = ["--region-stride", 16, "--region-target", "roi", "--match", "group", "--resolution", 192,
             "--batch-size", 8, "--lr", 3e-4, "--workers", 0, "--log-every", 50]  # fmt: skip
 TOGETHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", min(os.cpu_count(), 2)]  # torchrun
-FINETUNE = ["--backbone-weights", "auto", "--resolution", 192, "--batch-size", 8, "--lr", 3e-4, "--lr-backbone", 0,
-            "--workers", 1, "--log-every", 20]  # fmt: skip
+FINETUNE = ["--resolution", 192, "--batch-size", 8, "--lr", 3e-4, "--lr-backbone", 0, "--workers", 1, "--log-every", 20]
 
 
 def main(argv=None):
@@ -48,7 +47,7 @@ def main(argv=None):
     checkpoint = sorted(pre.glob("step-*.pt"))[-1]
     finetune = ["--train", toy / "train.json", "--val", toy / "val.json", "--epochs", epochs, "--drop-epoch", epochs,
                 "--eval-every", every, *FINETUNE]  # fmt: skip
-    arms = {"from scratch": [*MODEL], "pretrained": ["--init", checkpoint]}
+    arms = {"from scratch": [*MODEL, "--backbone-weights", "auto"], "pretrained": ["--init", checkpoint]}
     both = [start("finetune.py", *finetune, *arms[name], "--out", out / name.replace(" ", "-")) for name in arms]
     for process in both:
         finish(process)
