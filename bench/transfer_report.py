@@ -228,7 +228,7 @@ def publish(lines, runs, root, readme, fill_readme=True):
     text = report(lines)
     drawn = pictures(lines, Path(runs), Path(root) / "docs")
     for path in drawn:
-        shrink(path)
+        shrink(path, 900)
     shown = "\n".join(f"![{path.stem.replace('-', ' ')}]({path.relative_to(root)})" for path in drawn)
     text = f"{text}\n\n{shown}".strip()
     if not fill_readme:
