@@ -228,7 +228,7 @@ def publish(lines, runs, root, readme, fill_readme=True):
     text = report(lines)
     drawn = pictures(lines, Path(runs), Path(root) / "docs")
     for path in drawn:
-        shrink(path, 900)
+        shrink(path, 800)
     shown = "\n".join(f"![{path.stem.replace('-', ' ')}]({path.relative_to(root)})" for path in drawn)
     text = f"{text}\n\n{shown}".strip()
     if not fill_readme:
@@ -279,7 +279,7 @@ def curve(row):
     return [(epoch, *row.values(lambda line, i=i: line["curve"]["AP"][i])) for i, epoch in enumerate(epochs)]
 
 
-def save_before(path, folders, photographs=3):
+def save_before(path, folders, photographs=2):
     """A column a method: its five best boxes before fine-tuning, and where the best one's query looked (all heads)."""
     images, titles, boxes, maps = [], [], [], []
     for i in range(photographs):
@@ -313,7 +313,7 @@ def attention(checkpoint, image):
     return weights[0, :, score.argmax()].mean(0).reshape(-(-h // stride), -(-w // stride)).numpy()
 
 
-def save_detections(path, of, runs, photographs=3):
+def save_detections(path, of, runs, photographs=2):
     """The same photographs after fine-tuning, from scratch and pretrained, where seed 0's weights are still there."""
     weights = {label: max((runs / row.runs[0]["run"]).glob("step-*.pt"), default=None)
                for label, row in next(iter(of.values()), {}).items()}  # fmt: skip
