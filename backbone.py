@@ -68,10 +68,11 @@ def folded(backbone, dtype=torch.float32, compiled=False, trains=False):
     stem, 0.983 (bench/fidelity.py). compiled: by torch.compile at the first call, once for all sizes of images.
     """
     plain, pairs = copy.deepcopy(backbone).requires_grad_(False).to(memory_format=torch.channels_last), []
-    onednn = next(plain.parameters()).device.type == "cpu" and torch.backends.mkldnn.is_available()
+    onednn = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # as ops.dense
+    onednn = onednn and next(plain.parameters()).device.type == "cpu"
     for name, parent in plain.named_modules():
         if onednn and isinstance(parent, nn.Conv2d) and parent.kernel_size == (1, 1):
-            parent.dilation = (2, 2)  # nothing to a single cell; else torch avoids oneDNN for few images in one thread
+            parent.dilation = (2, 2)  # nothing to a single cell; else few images in one thread are MKL's
         children = list(parent.named_children())
         for (a, conv), (b, norm) in zip(children, children[1:], strict=False):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm2d):
@@ -98,8 +99,7 @@ def folded(backbone, dtype=torch.float32, compiled=False, trains=False):
     for name, p in plain.body.named_parameters():
         if not name.startswith(backbone.stem):
             p.data = p.data.to(dtype)
-    last = plain.body.get_submodule(backbone.stem[-1][:-1])
-    last.register_forward_hook(lambda module, inputs, output: output.to(dtype))
+    plain.body.get_submodule(backbone.stem[-1][:-1]).register_forward_hook(lambda _, inputs, x: x.to(dtype))
     settings = nullcontext
     if compiled:
         from torch._inductor import config  # takes seconds to import

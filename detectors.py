@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ops import deform_attn
+from ops import Linear, deform_attn, linear
 
 
 class Context(NamedTuple):
@@ -43,7 +43,7 @@ class Transformer(nn.Module):
         self.decoder = decoders[row.decoder](row, C, heads, dec_layers, pre_norm)
         if row.decoder == "deformable":
             self.level_embed = nn.Parameter(torch.empty(row.levels, C))
-            self.reference_points = nn.Linear(C, 2)  # query -> the point it looks at
+            self.reference_points = Linear(C, 2)  # query -> the point it looks at
         if patterns:
             self.patterns = nn.Embedding(patterns, C)
         for p in self.parameters():
@@ -166,7 +166,7 @@ class Block(nn.Module):
 
     def __init__(self, row, C, norms, pre_norm=False):
         super().__init__()
-        self.linear1, self.linear2 = nn.Linear(C, row.ffn_dim), nn.Linear(row.ffn_dim, C)
+        self.linear1, self.linear2 = Linear(C, row.ffn_dim), Linear(row.ffn_dim, C)
         self.activation = nn.PReLU() if row.anchors else nn.ReLU()
         self.dropout, self.pre_norm = nn.Dropout(row.dropout), pre_norm
         for i in range(1, norms + 1):
@@ -228,8 +228,8 @@ class ConditionalLayer(Block):
         self.heads = heads
         for name in ("sa_qcontent", "sa_qpos", "sa_kcontent", "sa_kpos", "sa_v",
                      "ca_qcontent", "ca_kcontent", "ca_kpos", "ca_v", "ca_qpos_sine"):  # fmt: skip
-            setattr(self, f"{name}_proj", nn.Linear(C, C))
-        self.ca_qpos_proj = nn.Linear(C, C) if first else None
+            setattr(self, f"{name}_proj", Linear(C, C))
+        self.ca_qpos_proj = Linear(C, C) if first else None
         self.self_attn, self.cross_attn = OutProjection(C, heads, row.dropout), OutProjection(C, heads, row.dropout)
 
     def forward(self, x, query, spatial, ctx, blocked):
@@ -273,7 +273,7 @@ class OutProjection(nn.Module):
     def __init__(self, C, heads, dropout):
         super().__init__()
         self.heads, self.p = heads, dropout
-        self.out_proj = nn.Linear(C, C)
+        self.out_proj = Linear(C, C)
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, q, k, v, blocked=None):
@@ -313,7 +313,7 @@ class Attention(OutProjection):
     def project(self, *qkv):
         """Eq. (3): f_q, f_k, f_v."""
         parts = zip(qkv, self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
-        return [F.linear(x, w, b) for x, w, b in parts]
+        return [linear(x, w, b) for x, w, b in parts]
 
 
 class DeformAttention(nn.Module):
@@ -325,9 +325,9 @@ class DeformAttention(nn.Module):
     def __init__(self, C, heads, levels, points=4):
         super().__init__()
         self.heads, self.levels, self.points = heads, levels, points
-        self.sampling_offsets = nn.Linear(C, heads * levels * points * 2)
-        self.attention_weights = nn.Linear(C, heads * levels * points)
-        self.value_proj, self.output_proj = nn.Linear(C, C), nn.Linear(C, C)
+        self.sampling_offsets = Linear(C, heads * levels * points * 2)
+        self.attention_weights = Linear(C, heads * levels * points)
+        self.value_proj, self.output_proj = Linear(C, C), Linear(C, C)
 
     def reset(self):
         """Head m looks along its own of M directions, point p p + 1 cells away; all points weigh the same."""
@@ -339,8 +339,8 @@ class DeformAttention(nn.Module):
         nn.init.zeros_(self.sampling_offsets.weight)
         self.sampling_offsets.bias = nn.Parameter(bias.flatten())
         nn.init.zeros_(self.attention_weights.weight)
-        for linear in (self.attention_weights, self.value_proj, self.output_proj):
-            nn.init.zeros_(linear.bias)
+        for module in (self.attention_weights, self.value_proj, self.output_proj):
+            nn.init.zeros_(module.bias)
 
     def forward(self, query, reference, c, ctx):
         """query (B, N, C), reference (B, N, G, 2 | 4) on the padded maps, c (B, S, C) -> (B, N, C)."""
@@ -384,7 +384,7 @@ class MLP(nn.Module):
     def __init__(self, dim_in, hidden, dim_out, num_layers):
         super().__init__()
         dims = [dim_in, *[hidden] * (num_layers - 1), dim_out]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims, dims[1:], strict=False))
+        self.layers = nn.ModuleList(Linear(a, b) for a, b in zip(dims, dims[1:], strict=False))
 
     def forward(self, x):
         for layer in self.layers[:-1]:

@@ -1,9 +1,10 @@
 """The pretraining step as the released code takes it, on our network's weights: what `bench.speed step` compares with.
 
 Only these habits of the released code are kept, none slower than it needs to be: four calls of the backbone (two views,
-their crops), its frozen batch norms unfused, NCHW, float32; attention that forms and returns its weights; both
-directions one after the other; one matcher call and one copy per layer and direction; losses layer by layer; AdamW as
-it comes. Everything else is ours, so that both steps have the same loss terms to the last digits in double precision.
+their crops), its frozen batch norms unfused, NCHW, float32; attention that forms and returns its weights, matrix
+products as torch has them; both directions one after the other; one matcher call and one copy per layer and direction;
+losses layer by layer; AdamW as it comes. Everything else is ours, so that both steps have the same loss terms to the
+last digits in double precision.
 """
 
 from contextlib import contextmanager
@@ -14,16 +15,17 @@ import torch.nn.functional as F
 import detectors
 import losses
 from data import normalise
+from ops import dense
 from ops.deform_attn import reference
 
 
 @contextmanager
-def released_attention():
+def released_operators():
     """Attention as nn.MultiheadAttention computes it when asked for its weights: scores, softmax, dropout, product.
 
-    Deformable attention by grid_sample: what the released code can do without a GPU.
+    Deformable attention by grid_sample: what the released code can do without a GPU. Matrix products by torch alone.
     """
-    fused, compiled = F.scaled_dot_product_attention, detectors.deform_attn
+    fused, compiled, ours = F.scaled_dot_product_attention, detectors.deform_attn, dense.linear
 
     def attend(q, k, v, attn_mask=None, dropout_p=0.0):
         scores = (q * q.shape[-1] ** -0.5) @ k.mT
@@ -35,12 +37,15 @@ def released_attention():
         return weights @ v
 
     F.scaled_dot_product_attention, detectors.deform_attn = attend, reference
+    detectors.linear = dense.linear = F.linear
     try:
         yield
     finally:
         F.scaled_dot_product_attention, detectors.deform_attn = fused, compiled
+        detectors.linear = dense.linear = ours
 
 
+@released_operators()
 def pretext_terms(net, batch):
     """Siamese's loss terms, as losses.pretext_losses gives them, of a ViewBatch: {"class": (L,), ..., "global": ()}."""
     det = net.detector
@@ -54,9 +59,8 @@ def pretext_terms(net, batch):
             maps = backbone(normalise(crops.flatten(0, 1)), net.crop_strides)
             pooled = torch.cat([maps[s].mean((2, 3)) for s in net.crop_strides], 1)
             p.append(net.centre_p(pooled.unflatten(0, crops.shape[:2])))
-    with released_attention():
-        contexts = [net.encode(maps, mask) for maps, mask in zip(h, batch.mask, strict=True)]
-        answers = [det.decode(ctx, z=net.patch2query(region)) for ctx, region in zip(contexts, z[::-1], strict=True)]
+    contexts = [net.encode(maps, mask) for maps, mask in zip(h, batch.mask, strict=True)]
+    answers = [det.decode(ctx, z=net.patch2query(region)) for ctx, region in zip(contexts, z[::-1], strict=True)]
     directions = [
         direction(net, pred, *rest) for pred, *rest in zip(answers, batch.boxes, batch.valid, p[::-1], strict=True)
     ]

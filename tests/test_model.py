@@ -10,6 +10,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from backbone import folded
 from detectors import image_encoding
 from model import VARIANTS, BatchNorm, Siamese, build_detector, main, noisy_targets, swap_views
+from ops import dense
 
 SMALL = dict(backbone="resnet18", hidden_dim=32, enc_layers=1, dec_layers=2, num_queries=12, dropout=0.0)
 LEVELS = {"vanilla": 1, "conditional": 1, "deformable-ss": 1, "deformable-ms": 4, "dab": 1, "dn": 1}
@@ -360,7 +361,7 @@ def test_folded_backbone_takes_many_images_a_few_at_a_time(B, monkeypatch):
     assert a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=1e-4 * a.abs().max().item() if B else 0)
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch is built without oneDNN")
+@pytest.mark.skipif(not dense.INSTEAD_OF_MKL, reason="this torch has no MKL or no oneDNN")
 @pytest.mark.parametrize("trains", [False, True])
 def test_folded_backbone_takes_onednn_in_one_thread_too(trains):
     """torch's own choice for 1 x 1 convolutions of few images in one thread takes twice as long on some processors."""

@@ -1,0 +1,32 @@
+"""`linear`: float32 matrix products of a CPU by oneDNN, where torch takes MKL.
+
+MKL leaves AVX-512 alone on AMD's processors and so reaches half of oneDNN's speed there (README, Speed). A convolution
+with one cell is the same product. On a GPU, in other precisions and under torch.export all is as in torch.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+INSTEAD_OF_MKL = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+SMALLEST = 20480  # numbers in x: with fewer torch never takes oneDNN for a convolution
+NARROWEST = 32  # outputs: with fewer nothing is gained
+
+
+def linear(x, weight, bias=None):
+    """x (..., C), weight (D, C), bias (D,) or None -> (..., D): F.linear up to rounding."""
+    float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    large = x.numel() > SMALLEST and len(weight) >= NARROWEST
+    if not (INSTEAD_OF_MKL and x.device.type == "cpu" and float32 and large) or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    cells = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, C, rows, 1), channels last: a view
+    # dilation is nothing to one cell, but torch hands dilated convolutions to oneDNN, others in one thread to MKL
+    y = F.conv2d(cells, weight[:, :, None, None], bias, dilation=2)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    """nn.Linear by `linear`."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
