@@ -23,6 +23,7 @@ from proposals import Cache
 BEGIN, END = "<!-- transfer:begin -->", "<!-- transfer:end -->"
 TITLES = {
     "1": "**Methods** (Tables 1 and 2 in miniature).",
+    "1l": "**Does it last?** Two of these rows, fine-tuned four times as long at the same rates.",
     "1m": "**Methods, Deformable multi-scale.**",
     "1b": "**Other detectors, more queries, fewer labels.** `--fraction` with as many more epochs: as many steps.",
     "2": "**Pretext tasks and proposals** (Tables 3 and 4 in miniature).",

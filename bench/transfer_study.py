@@ -16,6 +16,7 @@ class Arm(NamedTuple):
     pre: str | None = None
     tune: bool = True
     fraction: float = 1.0  # of the labelled images; the epochs grow by as much, so that the steps stay
+    longer: int = 1  # times the epochs, at the same rate
 
 
 # One recipe a method: the regions are those of its paper; --match group where a method asks about regions, because
@@ -37,6 +38,7 @@ def both(name, model, **more):
 
 STUDY = {  # question: ((pretraining seeds, fine-tuning seeds), {row: Arm}); a run that several rows share is made once
     "1": ((2, 5), {f"Conditional, {name}": Arm(CONDITIONAL, pre) for name, pre in METHODS.items()}),
+    "1l": ((1, 2), both("Conditional, four times as long", CONDITIONAL, longer=4)),
     "1m": ((2, 3), {f"Deformable-MS, {name}": Arm(MULTI_SCALE, pre) for name, pre in METHODS.items()}),
     "1b": ((1, 3), both("Vanilla", CONDITIONAL.replace("conditional", "vanilla"))
            | both("DAB", CONDITIONAL.replace("conditional", "dab"))
@@ -146,7 +148,7 @@ def siamese(args):
 
 
 def finetuning(args, arm, pre_seed, seed, init, rate, tune):
-    epochs = round(args.epochs / arm.fraction * (TUNE_LENGTH if tune else 1))
+    epochs = round(args.epochs * arm.longer / arm.fraction * (TUNE_LENGTH if tune else 1))
     labels, val = ("{split}/train.json", "{split}/val.json") if tune else ("{labels}", "{val}")
     flags = f"--train {labels} --val {val} {FINETUNE} --lr {rate} --epochs {epochs} --drop-epoch {epochs * 4 // 5} "
     flags += f"--eval-every {max(epochs // 10, 1)} --fraction {arm.fraction} --seed {seed} {args.extra} "

@@ -135,6 +135,18 @@ def test_rows_of_a_seed_differ_in_nothing_but_the_start_and_the_tuned_rate():
         assert len(same) == 7 and len({" ".join(flags.split()) for flags in own}) == 1
 
 
+def test_longer_fine_tunings_share_pretraining_and_rate_with_the_first_question_and_need_no_rates_of_their_own():
+    chosen = {study.rate_key(arm): "5e-4" for arm in study.STUDY["1"][1].values()}
+    (first, _), (longer, _) = (study.plan(settings("--questions", question), chosen) for question in ("1", "1l"))
+    assert {run.name for run in longer if run.kind == "pretrain"} < {run.name for run in first}
+    tuned = [run for run in longer if run.kind == "finetune"]
+    assert {study.length(run.flags)[0] for run in tuned} == {4 * 25} and {run.rate for run in tuned} == {"5e-4"}
+    assert {run.seed for run in tuned if run.init} == {run.seed for run in tuned if not run.init}
+    assert all("--drop-epoch 80 " in run.flags for run in tuned)
+    rates = [study.plan(settings("--questions", *asked, "--tune"), {}, tune=True)[0] for asked in (["1"], ["1", "1l"])]
+    assert {run.name for run in rates[0]} == {run.name for run in rates[1]}
+
+
 def test_another_setting_is_another_folder_and_the_same_run_serves_two_rows():
     args = settings("--questions", "1", "2")
     runs, rows = study.plan(args, {})
