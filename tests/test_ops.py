@@ -312,7 +312,8 @@ def test_deformable_encoder_layer_compiles_without_a_graph_break(autocast):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out, expected = compiled(c, pos, ctx), layer(c, pos, ctx)
     assert torch.allclose(out, expected, atol=1e-5)
-    grads = [torch.autograd.grad(x.float().square().sum(), list(layer.parameters())) for x in (out, expected)]
+    towards = torch.randn(out.shape)  # squares of what leaves a layer norm have no gradient but rounding
+    grads = [torch.autograd.grad((x.float() * towards).sum(), list(layer.parameters())) for x in (out, expected)]
     for a, b in zip(*grads, strict=True):
         assert torch.allclose(a, b, atol=1e-4 * b.abs().max().clamp(min=1e-6))
 
