@@ -1,7 +1,7 @@
 """`linear`: float32 matrix products of a CPU by oneDNN, where torch takes MKL.
 
-MKL leaves AVX-512 alone on AMD's processors and so reaches half of oneDNN's speed there (README, Speed). A convolution
-with one cell is the same product. On a GPU, in other precisions and under torch.export all is as in torch.
+MKL leaves AVX-512 alone on AMD's processors and so reaches half of oneDNN's speed there (README, Speed). A 1 x 1
+convolution is the same product. On a GPU, in other precisions, under torch.compile and torch.export this is F.linear.
 """
 
 import torch
@@ -19,8 +19,8 @@ def linear(x, weight, bias=None):
     large = x.numel() > SMALLEST and len(weight) >= NARROWEST
     if not (INSTEAD_OF_MKL and x.device.type == "cpu" and float32 and large) or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    cells = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, C, rows, 1), channels last: a view
-    # dilation is nothing to one cell, but torch hands dilated convolutions to oneDNN, others in one thread to MKL
+    cells = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, C, rows, 1), channels last
+    # dilation is nothing to a 1 x 1 kernel, but torch hands dilated convolutions to oneDNN, others in one thread to MKL
     y = F.conv2d(cells, weight[:, :, None, None], bias, dilation=2)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
