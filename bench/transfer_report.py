@@ -124,7 +124,7 @@ spread is pretraining's, and nearly always if none is. `n x m`: pretraining by f
 fine-tuning seeds in all rows. """
     if rates:
         text += f"Learning rates of {len(rates)} rows were chosen on a fifth of the training images, at half length; "
-        text += "3e-4 elsewhere."
+        text += "the other rows take their method's of Conditional."
     else:
         text += "The learning rate of fine-tuning was not tuned."
     return re.sub(r" +\n", "\n", text).strip()

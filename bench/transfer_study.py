@@ -80,7 +80,7 @@ NEEDS = {  # what a {name} in the flags stands for: the file or folder, and the 
 }  # fmt: skip
 PRETRAIN = "--resolution 192 --batch-size 8 --lr 3e-4 --workers 0 --log-every 50"  # float32: the same on any machine
 FINETUNE = "--resolution 256 --batch-size 8 --lr-backbone 0 --workers 0 --save-every 5"
-RATES = ("1e-4", "3e-4", "5e-4")  # of fine-tuning, tried by --tune; 3e-4 where it was not run
+RATES = ("1e-4", "3e-4", "5e-4")  # of fine-tuning, tried by --tune; where it was not run see `rate_of`
 TUNE_PART, TUNE_LENGTH = 0.8, 0.5  # share of the labelled images that --tune trains on, and of the epochs
 MINUTES = {"siamese": 14.0, "updetr": 9.0, "detreg": 8.0, "finetune": 7.5}  # CPU-minutes of 800 steps and 25 epochs of
 # 296 images, stated; what finished runs took replaces them
@@ -119,7 +119,7 @@ def plan(args, rates, tune=False):
                     continue
                 made = [pretraining(args, arm, pre_seed)] if arm.pre else []
                 init = made[0].name if made else None
-                tried = RATES if tune else [rates.get(rate_key(arm), "3e-4")]
+                tried = RATES if tune else [rate_of(arm, rates)]
                 made += [finetuning(args, arm, pre_seed, seed, init, rate, tune) for rate in tried if arm.tune]
                 for run in made:
                     runs.setdefault(run.name, run)
@@ -135,6 +135,11 @@ def method(arm):
 
 def rate_key(arm):
     return f"{method(arm)} {arm.model} {arm.fraction}"
+
+
+def rate_of(arm, rates):
+    """The arm's own rate of --tune, else that of its method on Conditional, else 3e-4."""
+    return rates.get(rate_key(arm)) or rates.get(rate_key(Arm(CONDITIONAL, arm.pre)), "3e-4")
 
 
 def pretraining(args, arm, seed):

@@ -147,6 +147,16 @@ def test_longer_fine_tunings_share_pretraining_and_rate_with_the_first_question_
     assert {run.name for run in rates[0]} == {run.name for run in rates[1]}
 
 
+def test_detectors_that_were_not_tuned_take_their_methods_rate_on_conditional():
+    scratch, siamese = (study.rate_key(study.Arm(study.CONDITIONAL, pre)) for pre in (None, study.SIAMESE))
+    dab = study.rate_key(study.STUDY["1b"][1]["DAB, from scratch"])
+    runs, rows = study.plan(settings("--questions", "1b"), {scratch: "1e-4", siamese: "5e-4", dab: "3e-4"})
+    rates = {row: run.rate for run in runs for _, row in rows[run.name] if run.kind == "finetune"}
+    assert rates.pop("DAB, from scratch") == "3e-4"
+    assert {row: rate for row, rate in rates.items() if rate != ("1e-4" if "scratch" in row else "5e-4")} == {}
+    assert {run.rate for run in study.plan(settings("--questions", "1b"), {})[0]} == {"3e-4", None}
+
+
 def test_another_setting_is_another_folder_and_the_same_run_serves_two_rows():
     args = settings("--questions", "1", "2")
     runs, rows = study.plan(args, {})
