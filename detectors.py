@@ -101,7 +101,7 @@ class ConditionalDecoder(nn.Module):
         self.num_layers, self.anchors, self.eps, self.C = num_layers, row.anchors, row.eps, C
         self.layers = nn.ModuleList(ConditionalLayer(row, C, heads, first=i == 0) for i in range(num_layers))
         self.norm = nn.LayerNorm(C)
-        self.query_scale = MLP(C, C, C, 2)
+        self.query_scale = MLP(C, C, C, 2).requires_grad_(num_layers > 1)  # from the second layer on
         self.ref_point_head = MLP(2 * C, C, C, 2) if row.anchors else MLP(C, C, 2, 2)
         self.ref_anchor_head = MLP(C, C, 2, 2) if row.anchors else None
 

@@ -216,8 +216,7 @@ def test_loss_falls_and_the_backbone_stays_bit_for_bit(method, variant):
     assert curve[-1] < 0.9 * curve[0], curve
     assert all(torch.equal(v, before[k]) for k, v in net.detector.backbone.state_dict().items())
     assert set(terms) == {"class", "l1", "giou", "region"} | ({"global"} if method == "siamese" else set())
-    unused = [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
-    assert unused == ["detector.label_enc.weight"] * 0  # DDP runs with find_unused_parameters=False
+    assert not [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]  # DDP would wait
 
 
 @pytest.mark.parametrize("method", METHODS)

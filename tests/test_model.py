@@ -202,6 +202,14 @@ SAME_CONTENT = r"decoder\.layers\.0\.(self_attn\.in_proj_weight|sa_[qk](content|
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_one_decoder_layer_trains_whole_so_that_ddp_does_not_wait_for_a_gradient(variant):
+    net = build_detector(variant, backbone="resnet18", hidden_dim=32, enc_layers=1, dec_layers=1, num_queries=4)
+    out = net.train()(torch.rand(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.bool))
+    (out.logits.sum() + out.boxes.sum()).backward()
+    assert not [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_pretext_gradients_reach_every_trainable_parameter_and_no_frozen_one(variant, float64):
     net, inputs = pretext(variant)
     out = net.train()(*inputs)
