@@ -43,6 +43,7 @@ def parse_args(argv=None):
     p.add_argument("--questions", nargs="+", choices=STUDY, default=["1"], help="which tables of STUDY (default 1)")
     p.add_argument("--arms", nargs="+", metavar="WORD", default=[""], help="only rows with one of these words")
     p.add_argument("--data", help="photographs to pretrain on, labels unread (default DATA/caltech101/images)")
+    p.add_argument("--scenes", default="DATA/coco_cc/images", help="the same of question 2's scene-centric rows")
     p.add_argument("--labels", help="COCO json to fine-tune on (default DATA/cards/train.json)")
     p.add_argument("--val", help="COCO json to evaluate on, never tuned on (default DATA/cards/val.json)")
     p.add_argument("--out", help="folder of all runs (default runs/transfer, with --quick runs/transfer-quick)")
@@ -159,7 +160,7 @@ class Study:
         return sum(same) / len(same) if same else stated_minutes(run, self.images)
 
     def prepare(self):
-        """Proposals, pseudo-classes and scenes that the runs ask for; and for --tune the split of the labels."""
+        """Proposals and pseudo-classes that the runs ask for; and for --tune the split of the labels."""
         asked = " ".join(run.flags for run in self.todo)
         if "{split}" in asked:
             write_split(self.args.labels, self.out / "split")
@@ -233,8 +234,8 @@ class Study:
     def call(self, command, name):
         """One of the scripts in a process of one thread; its words go to OUT/name.txt, its CPU time to a file there."""
         places = {name: self.out / made[0].removesuffix("/meta.json") for name, made in NEEDS.items()}
-        places |= {"data": self.args.data, "labels": self.args.labels, "val": self.args.val, "out": self.out,
-                   "split": self.out / "split", "siamese": self.checkpoint(self.siamese)}  # fmt: skip
+        places |= {name: getattr(self.args, name) for name in ("data", "scenes", "labels", "val", "out")}
+        places |= {"split": self.out / "split", "siamese": self.checkpoint(self.siamese)}
         script, *flags = (word.format_map(places) for word in command.split())
         self.out.mkdir(parents=True, exist_ok=True)
         with open(self.out / f"{name}.txt", "a") as words:

@@ -58,8 +58,8 @@ STUDY = {  # question: ((pretraining seeds, fine-tuning seeds), {row: Arm}); a r
         "random boxes": Arm(CONDITIONAL, SIAMESE.replace("{edgeboxes}", "random")),
         "Selective Search": Arm(CONDITIONAL, SIAMESE.replace("{edgeboxes}", "{selective-search}")),
         "EdgeBoxes": Arm(CONDITIONAL, SIAMESE),
-        "scenes, random": Arm(CONDITIONAL, SCENES.replace("{scenes-edgeboxes}", "random")),
-        "scenes, EdgeBoxes": Arm(CONDITIONAL, SCENES)}),
+        "scene-centric, random": Arm(CONDITIONAL, SCENES.replace("{scenes-edgeboxes}", "random")),
+        "scene-centric, EdgeBoxes": Arm(CONDITIONAL, SCENES)}),
     "5": ((1, 1), {"untrained": Arm(CONDITIONAL, SIAMESE + " --steps 1", tune=False)}),
     "6": ((1, 3), {
         "as it is": Arm(CONDITIONAL, SIAMESE),
@@ -73,7 +73,6 @@ NEEDS = {  # what a {name} in the flags stands for: the file or folder, and the 
     "selective-search": ("selective-search/meta.json",
                          "proposals.py {data} {out}/selective-search --kind selective-search --draws 2 --workers 1"),
     "classes": ("edgeboxes/classes-32.npy", "proposals.py {data} {out}/edgeboxes --cluster 32 --backbone mobilenet_v2"),
-    "scenes": ("scenes/unlabelled", "data.py toy {out}/scenes --unlabelled 1000"),
     "scenes-edgeboxes": ("scenes-edgeboxes/meta.json", "proposals.py {scenes} {out}/scenes-edgeboxes --workers 1"),
     "own-boxes": ("own-boxes/meta.json", "finetune.py --export-proposals {out}/own-boxes --predict {data} "
                   "--resolution 192 --init {siamese} --out {out}"),
@@ -145,7 +144,8 @@ def rate_of(arm, rates):
 def pretraining(args, arm, seed):
     flags = f"--data {{data}} {arm.model} {PRETRAIN} --steps {args.steps} --drop-step {args.steps * 4 // 5} "
     flags += f"--save-every {max(args.steps // 4, 1)} {arm.pre} --seed {seed} {args.extra}"
-    return Run("pretrain", name_of("pretrain", args.data, flags, arm, seed), flags, arm, seed, seed)
+    photographs = args.scenes if "{scenes}" in flags else args.data
+    return Run("pretrain", name_of("pretrain", photographs, flags, arm, seed), flags, arm, seed, seed)
 
 
 def siamese(args):

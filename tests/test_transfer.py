@@ -166,6 +166,7 @@ def test_another_setting_is_another_folder_and_the_same_run_serves_two_rows():
         ["--epochs", "31"],
         ["--labels", "b.json"],
         ["--data", "b"],
+        ["--scenes", "b"],
         ["--extra=--amp"],
     ):
         others = {run.name for run in study.plan(settings("--questions", "1", "2", *change), {})[0]}
@@ -176,7 +177,7 @@ def test_another_setting_is_another_folder_and_the_same_run_serves_two_rows():
 def test_every_flag_of_the_study_is_one_of_the_scripts():
     runs, _ = study.plan(settings("--questions", *study.STUDY), {})
     runs += study.plan(settings("--questions", *study.STUDY), {}, tune=True)[0]
-    places = dict.fromkeys([*study.NEEDS, "data", "labels", "val", "split", "out", "siamese"], "x")
+    places = dict.fromkeys([*study.NEEDS, "data", "scenes", "labels", "val", "split", "out", "siamese"], "x")
     for run in runs:
         flags = [*run.flags.format_map(places).split(), "--out", "x", *(["--init", "x"] if run.init else [])]
         args = (pretrain if run.kind == "pretrain" else finetune).parse_args(flags)
