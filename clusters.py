@@ -1,7 +1,7 @@
 """Pseudo-classes of proposals: which boxes of a data set look alike (`proposals.py --cluster K`).
 
 Pretraining then classifies regions, not only finds them (`pretrain.py --pseudo-classes FILE`). The idea is AlignDet's
-(ICCV 2023): k-means on pooled features of a frozen backbone, after a PCA. Layer, sizes and whitening are ours.
+(ICCV 2023): k-means on pooled features of a frozen backbone, after a PCA. Layer, sizes and unit length are ours.
 Read `cluster` first. Boxes are (x0, y0, x1, y1) in pixels of the photograph.
 """
 

@@ -108,8 +108,9 @@ class ConditionalDecoder(nn.Module):
     def forward(self, query, content, anchor, ctx, blocked, bbox_embed):
         C = self.C
         x = torch.zeros_like(query) if content is None else content
-        reference = self.ref_point_head(query).sigmoid() if anchor is None else anchor
-        reference = at_least_float32(reference)  # (B, N, 2 | 4)
+        reference = (
+            at_least_float32(self.ref_point_head(query)).sigmoid() if anchor is None else at_least_float32(anchor)
+        )
         states, references = [], []
         for i, layer in enumerate(self.layers):
             references.append(reference)

@@ -93,11 +93,11 @@ class Pretext(nn.Module):
     def other(self):
         return self.first + self.pseudo_classes
 
-    def forward(self, x, mask, rois, boxes=None, crops=None):
+    def forward(self, x, mask, rois, boxes=None, crops=None, valid=None):
         """x (V*B, 3, H0, W0) normalised, mask (V*B, H0, W0), rois (V*B, R, 4) for the queries' RoIAlign, boxes (V*B, R,
-        4) clean, crops (V*B*R, 3, 128, 128) normalised. Returns Answer.
+        4) clean, crops (V*B*R, 3, 128, 128) normalised, valid (V*B, R) False where there is none. Returns Answer.
         """
-        ctx, z, p = self.prepare(x, mask, rois, boxes, crops)
+        ctx, z, p = self.prepare(x, mask, rois, boxes, crops, valid)
         return Answer(self.look(ctx, z), p, *self.global_context(ctx))
 
     def look(self, ctx, z):
@@ -147,7 +147,7 @@ class Siamese(Pretext):
         if consistency:
             self.consistency = MLP(C, C, C, 2)  # SeqCo-DETR's idea, ours in form: see losses.pretext_losses
 
-    def prepare(self, x, mask, rois, boxes=None, crops=None):
+    def prepare(self, x, mask, rois, boxes=None, crops=None, valid=None):
         """Both views as one batch of 2B: context c, query input z from the other view's regions, their features p.
 
         Arguments as in `forward` -> Context, patch2query(z) (2B, R, C), p (2B, R, D) or None.
@@ -197,7 +197,7 @@ class UPDETR(Pretext):
     def uses_rois(self):
         return self.region_target == "roi"
 
-    def prepare(self, x, mask, rois, boxes=None, crops=None):
+    def prepare(self, x, mask, rois, boxes=None, crops=None, valid=None):
         with torch.no_grad():
             h = self.detector.features(x, {*self.detector.strides, *(self.region_strides if self.uses_rois else ())})
             p = self.region_features(h, boxes, mask) if self.uses_rois else self.crop_features(crops, len(mask))
@@ -229,10 +229,11 @@ class DETReg(Pretext):
         dim = 0 if self.region_target == "none" else self.dim(self.crop_strides)
         self.f_sem, self.centre_p = MLP(C, C, dim, 2) if dim else None, self.standardise(dim)
 
-    def prepare(self, x, mask, rois, boxes=None, crops=None):
+    def prepare(self, x, mask, rois, boxes=None, crops=None, valid=None):
         with torch.no_grad():
             h = self.detector.features(x, self.detector.strides)
-            p = None if self.f_sem is None else self.centre_p(self.crop_features(crops, len(mask)))
+            p = None if self.f_sem is None else self.crop_features(crops, len(mask))
+            p = self.centre_p(p, valid) if self.centred and self.f_sem else p  # crops that are not there do not count
         return self.encode(h, mask), None, p
 
 
@@ -272,7 +273,7 @@ class Variant:
     eps: float = 1e-5  # of the inverse sigmoid
     cost_class: float = 2.0  # matcher; L1 costs 5 and GIoU 2 everywhere
     weight_class: float = 2.0  # loss; L1 weighs 5 and GIoU 2 everywhere
-    top: int = 100  # detections kept per image
+    top: int = 100  # detections kept per image (vanilla: one a query)
 
 
 VARIANTS = {
@@ -431,7 +432,8 @@ class DETR(nn.Module):
             if self.row.decoder == "deformable":
                 phi_q, content = phi_q.split(self.hidden_dim, -1)
             query = phi_q if z is None else phi_q + z
-            return query, content, self.transformer.reference_points(query).sigmoid() if content is not None else None
+            anchor = None if content is None else at_least_float32(self.transformer.reference_points(query)).sigmoid()
+            return query, content, anchor
         anchor = self.refpoint_embed.weight.sigmoid().repeat(max(self.patterns, 1), 1).expand(B, -1, -1)
         content = anchor.new_zeros(B, anchor.shape[1], self.hidden_dim)
         if self.row.denoise:
@@ -477,7 +479,7 @@ class DETR(nn.Module):
         logits, boxes = pred.logits[-1].float(), box_convert(pred.boxes[-1].float(), "cxcywh", "xyxy")
         if self.row.softmax:
             scores, labels = logits.softmax(-1)[..., :-1].max(-1)
-            scores, order = scores.topk(min(self.row.top, scores.shape[1]))
+            scores, order = scores.sort(descending=True)
             labels = labels.gather(1, order)
         else:
             K = logits.shape[-1]
@@ -555,7 +557,7 @@ def noisy_targets(labels, boxes, valid, num_classes, groups=5, label_noise=0.2, 
     noisy_labels = torch.where(flip, torch.randint_like(labels, num_classes), labels)
     noise = (torch.rand_like(boxes) * 2 - 1) * box_noise
     span = torch.cat([boxes[..., 2:] / 2, boxes[..., 2:]], -1)
-    noisy_boxes = (boxes + noise * span).clamp(0, 1)
+    noisy_boxes = inverse_sigmoid(boxes + noise * span, 1e-3).sigmoid()  # official code: within 0.001 of 0 and 1
     group = torch.arange(groups, device=labels.device).repeat_interleave(T)
     return NoisyTargets(noisy_labels, noisy_boxes, labels, boxes, valid, group)
 
@@ -574,7 +576,8 @@ class BatchNorm(nn.BatchNorm1d):
             if self.training and len(x) < 2:
                 raise ValueError("the global head needs two images a forward: raise --batch-size or --micro-batch")
             return super().forward(x)
-        total = SumOverRanks.apply(torch.cat([x.sum(0), (x * x).sum(0), x.new_tensor([len(x)])]))
+        wide = x.double()  # E[x^2] - E[x]^2 cancels
+        total = SumOverRanks.apply(torch.cat([wide.sum(0), (wide * wide).sum(0), wide.new_tensor([len(x)])]))
         n = total[-1].detach()
         mean, square = total[:-1].div(n).chunk(2)
         var = square - mean * mean
@@ -582,7 +585,7 @@ class BatchNorm(nn.BatchNorm1d):
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
             self.running_var.lerp_((var * n / (n - 1)).to(self.running_var), self.momentum)
-        return (x - mean) * (var + self.eps).rsqrt() * self.weight + self.bias
+        return ((wide - mean) * (var + self.eps).rsqrt()).to(x) * self.weight + self.bias
 
 
 class SumOverRanks(torch.autograd.Function):
@@ -602,17 +605,18 @@ class SumOverRanks(torch.autograd.Function):
 
 
 class RunningStandardise(nn.Module):
-    """(x - mean) / std with the mean and std of all features seen so far, over all ranks; no gradient."""
+    """(x - mean) / std with the mean and std of all valid features seen so far, over all ranks; no gradient."""
 
     def __init__(self, dim):
         super().__init__()
         self.register_buffer("total", torch.zeros(2 * dim + 1))  # sum x, sum x^2, count
 
     @torch.no_grad()
-    def forward(self, x):
-        flat = x.flatten(0, -2)
+    def forward(self, x, valid=None):
+        """x (B, R, D), valid (B, R), None: all -> (B, R, D)."""
+        flat, count = x.flatten(0, 1), (x.new_ones(x.shape[:2]) if valid is None else valid.to(x)).reshape(-1, 1)
         if self.training:
-            seen = torch.cat([flat.sum(0), (flat * flat).sum(0), flat.new_tensor([len(flat)])])
+            seen = torch.cat([(count * flat).sum(0), (count * flat * flat).sum(0), count.sum(0)])
             if dist.is_initialized():
                 dist.all_reduce(seen)
             self.total += seen
@@ -634,12 +638,13 @@ def conv_gn(dim_in, dim_out, kernel):
 
 def main():
     """One row per variant: parameters, tensors, output shapes, multiply-adds of one 640x640 image."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     print(f"{'variant':14}{'parameters':>12}{'tensors':>9}{'logits':>20}{'boxes':>18}{'GMAC at 640x640':>17}")
     for variant in VARIANTS:
         detector = build_detector(variant).eval().requires_grad_(False)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # what the counter can see
             out = detector(torch.zeros(1, 3, 640, 640), torch.zeros(1, 640, 640, dtype=torch.bool))
         numbers = f"{sum(p.numel() for p in detector.parameters()):12,}{len(detector.state_dict()):9}"
         shapes = f"{str(tuple(out.logits.shape)):>20}{str(tuple(out.boxes.shape)):>18}"

@@ -370,9 +370,9 @@ def build_net(args, run, resumed=False):
 
 def inputs(batch):
     """ViewBatch -> the arguments of Pretext.forward: all views as one batch of V*B, pixels normalised on the device."""
-    x, mask, boxes, rois = (t.flatten(0, 1) for t in (batch.x, batch.mask, batch.boxes, batch.rois))
+    x, mask, boxes, rois, valid = (t.flatten(0, 1) for t in (batch.x, batch.mask, batch.boxes, batch.rois, batch.valid))
     crops = None if batch.crops is None else normalise(batch.crops.flatten(0, 2))
-    return normalise(x, mask), mask, rois, boxes, crops
+    return normalise(x, mask), mask, rois, boxes, crops, valid
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ def cosines(flags, count):
             net.detector.fold_backbone(dtype)
         strides, found = {*net.detector.strides, *net.region_strides}, {"regions": [], "crops": []}
         for batch in batches:
-            x, mask, rois, _, crops = pretrain.inputs(batch)
+            x, mask, rois, _, crops, _ = pretrain.inputs(batch)
             found["regions"].append(net.region_features(net.detector.features(x, strides), rois, mask).flatten(0, 1))
             found["crops"].append(net.crop_features(crops, len(mask)).flatten(0, 1))
         return {kind: torch.cat(rows) for kind, rows in found.items()}

@@ -17,7 +17,7 @@ import time
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import losses
 import pretrain
@@ -80,6 +80,14 @@ def finetuning(net, B, size=PHOTO):
     return pred.logits.float().sum() + pred.boxes.float().sum()
 
 
+FLASH = {  # attention without dropout is one kernel on a CPU, which FlopCounterMode does not know
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda grad, q, k, v, *_, out_shape=None, **__: sdpa_backward_flop_count(grad, q, k, v),
+}  # fmt: skip
+
+
 def arithmetic(variant, task, B=2, amp=False, **size):
     """What a step of `task` (pretraining or finetuning) on B images takes: a dict of numbers; FLOPs, kept per image.
 
@@ -92,7 +100,11 @@ def arithmetic(variant, task, B=2, amp=False, **size):
         net = Siamese(net).train() if task is pretraining else net.train()
         stored = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in net.state_dict().values()}
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-        with FlopCounterMode(display=False) as counter, Kept(net) as kept, torch.autocast("cpu", enabled=amp):
+        with (
+            FlopCounterMode(display=False, custom_mapping=FLASH) as counter,
+            Kept(net) as kept,
+            torch.autocast("cpu", enabled=amp),
+        ):
             task(net, B, **size).backward()
         checkpoint = sum(stored.values()) + 2 * 4 * trained  # AdamW's two means
     return {"flops": counter.get_total_flops() / B, "kept": kept.bytes / B, "trained": trained,

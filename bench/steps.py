@@ -93,7 +93,7 @@ def shown_regions(batch):
 @torch.no_grad()
 def look(out, net, batch, settings, dataset):
     """`Pretext.forward` and `losses.pretext_losses` line by line, with a picture after each."""
-    x, mask, rois, boxes, crops = pretrain.inputs(batch)
+    x, mask, rois, boxes, crops, _ = pretrain.inputs(batch)
     det, R = net.detector, boxes.shape[1]
     h = det.features(x, {*det.strides, *net.region_strides})
     z = net.centre_z(net.region_features(h, rois, mask))  # Eq. (4)

@@ -18,7 +18,7 @@ import losses
 import pretrain
 import views
 from data import ImageList
-from model import METHODS, VARIANTS, build_detector
+from model import METHODS, VARIANTS, RunningStandardise, build_detector
 from proposals import Cache
 from views import ViewBatch, ViewDataset, collate_views
 
@@ -195,6 +195,20 @@ def test_detreg_takes_any_number_of_boxes(missing):
         junk = b._replace(boxes=torch.where(b.valid[..., None], b.boxes, 0.9), crops=b.crops.clone())
         junk.crops[~b.valid] = 77  # what stands in the empty places changes nothing
         assert torch.equal(total(net.eval(), junk, num_boxes=6)[0], total(net, b, num_boxes=6)[0])
+
+
+def test_detreg_centres_features_by_the_crops_that_are_there_alone():
+    (net, b), totals = (build("detreg"), batch("detreg", missing=3)), []
+    net.centre_p = RunningStandardise(128)
+    net.centred = True
+    crops = b.crops.clone()
+    crops[~b.valid] = 0  # as the loader fills them
+    for filled in (b, b._replace(crops=crops)):
+        net.train().centre_p.total.zero_()
+        p = net(*pretrain.inputs(filled)).p
+        totals.append(net.centre_p.total.clone())
+    assert torch.equal(*totals) and totals[0][-1] == b.valid.sum()
+    assert p[b.valid[0]].mean(0).abs().max() < 1e-4
 
 
 # ---------------------------------------------------------------- all methods, all variants

@@ -4,11 +4,12 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from backbone import folded
-from detectors import image_encoding
+from detectors import image_encoding, inverse_sigmoid
 from model import VARIANTS, BatchNorm, Siamese, build_detector, main, noisy_targets, swap_views
 from ops import dense
 
@@ -320,6 +321,22 @@ def test_batch_norm_equals_torch_s_on_one_process():
     assert torch.equal(ours(x), theirs(x)) and torch.equal(ours.running_var, theirs.running_var)
 
 
+@pytest.mark.parametrize("mean", [0.0, 1e3, 1e5])
+def test_batch_norm_of_all_ranks_equals_torch_s_however_large_the_mean_is(mean, monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda x: x.mul_(2))  # the other rank has the same rows
+    ours, theirs = BatchNorm(5), nn.BatchNorm1d(5).double()
+    x = (torch.randn(6, 5) + mean).requires_grad_()
+    y, want = ours(x), theirs(x.double().repeat(2, 1))[:6]
+    assert y.dtype == torch.float32 and torch.allclose(y.double(), want, atol=1e-5)
+    assert torch.allclose(ours.running_var.double(), theirs.running_var, rtol=1e-5)
+    (grad,), (wanted,) = (torch.autograd.grad(out[:, 0].square().sum() + out[0, 1], x) for out in (y, want))
+    assert (
+        torch.allclose(grad, wanted.to(grad), atol=1e-4) or mean == 1e5
+    )  # there the gradient is of float32's rounding
+
+
 def test_frozen_backbone_stays_bit_identical_in_a_step():
     net, inputs = pretext("conditional")
     net.train()
@@ -501,6 +518,15 @@ def test_noisy_targets_have_the_published_distribution():
     assert torch.allclose(shift.std((0, 1)), torch.tensor([0.4, 0.4, 0.8, 0.8]) / 12**0.5, atol=2e-3)
 
 
+def test_noisy_anchors_keep_off_the_borders_that_an_inverse_sigmoid_cannot_say():
+    labels, valid = torch.zeros(1, 500, dtype=torch.long), torch.ones(1, 500, dtype=torch.bool)
+    for box in ([0.999, 0.001, 1.0, 3e-4], [0.5, 0.5, 0.2, 0.4]):
+        noisy = noisy_targets(labels, torch.tensor(box).expand(1, 500, 4), valid, 10).noisy_boxes
+        assert noisy.min() > 0.9e-3 and noisy.max() < 1 - 0.9e-3
+        again = inverse_sigmoid(noisy, 1e-3).sigmoid()  # what the decoder makes of it
+        assert torch.allclose(noisy, again, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("variant", "override", "message"),
     [
@@ -535,6 +561,13 @@ def test_options_run_and_train(variant, options):
     (pred.boxes.sum() + pred.logits.sum()).backward()
     unused = [n for n, p in detector.named_parameters() if p.requires_grad and p.grad is None]
     assert unused == []
+
+
+def test_vanilla_keeps_a_detection_of_every_query():
+    detector = small("vanilla", num_queries=130).eval()
+    with torch.no_grad():
+        (scores, labels, boxes), *_ = detector.top_boxes(detector(*images()), torch.tensor([[128.0, 96.0]] * 3))
+    assert len(scores) == len(labels) == len(boxes) == 130 and (scores.diff() <= 0).all()
 
 
 def test_top_boxes_are_in_pixels_and_sorted():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 import data
@@ -114,6 +115,15 @@ def test_arithmetic_without_data_counts_what_real_tensors_do(task, variant, monk
     monkeypatch.setattr(scaling, "FakeTensorMode", contextlib.nullcontext)
     assert scaling.arithmetic(variant, getattr(scaling, task), **size) == without
     assert without["flops"] > 0 and without["kept"] > 0
+
+
+def test_arithmetic_counts_the_products_of_attention_also_where_one_kernel_makes_them(monkeypatch):
+    """DAB has no dropout, so that torch's flash kernel takes its attention; that of others is products on a CPU."""
+    small(monkeypatch, scaling)
+    fused = scaling.arithmetic("dab", scaling.finetuning, size=(64, 96))["flops"]
+    with sdpa_kernel(SDPBackend.MATH):
+        apart = scaling.arithmetic("dab", scaling.finetuning, size=(64, 96))["flops"]
+    assert 1 <= fused / apart < 1.01  # the flash kernel's backward pass makes the scores again
 
 
 def page_tables(variants):
