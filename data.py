@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
@@ -89,7 +90,7 @@ def files_below(folder):
 
 def read_lines(path):
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text: give a folder of images, a text file of paths or a COCO json") from error
 
@@ -98,7 +99,7 @@ def below(root, name, source):
     """root / name, after a check that the name cannot climb out of the root (ValueError)."""
     path = PureWindowsPath(name if isinstance(name, str) else "..")  # splits at both kinds of slash
     if path.anchor or ".." in path.parts:
-        raise ValueError(f"{source} names {name!r}, which is not below its image root: correct the entry")
+        raise ValueError(f"{source} names {name!r}, which is not below its image root, relative to {root}: correct it")
     return root / name
 
 
@@ -110,6 +111,16 @@ def existing(root, names, source):
     if not names:
         raise ValueError(f"{source} names no image: give a list with at least one")
     return names
+
+
+def fingerprint(names, *columns):
+    """How many images, and a checksum of their names and tensors: a data set that has changed has another."""
+    check = 0
+    for name in names:
+        check = zlib.crc32(f"{name}\n".encode(errors="surrogateescape"), check)
+    for column in columns:
+        check = zlib.crc32(torch.cat(column).numpy(), check)
+    return f"{len(names)}, checksum {check:08x}"
 
 
 def image_root(json_path, file_names):
@@ -318,7 +329,8 @@ def voc_table(roots, split):
         names = {box["name"] for found in every for box in found}
     names = VOC_CLASSES if names <= set(VOC_CLASSES) else sorted(names)
     for i, box in enumerate(boxes):
-        box.update(id=i + 1, iscrowd=0, category_id=names.index(box.pop("name")))
+        area = box["bbox"][2] * box["bbox"][3]
+        box.update(id=i + 1, iscrowd=0, category_id=names.index(box.pop("name")), area=area)
     categories = [{"id": k, "name": name} for k, name in enumerate(names)]
     return top, {"images": images, "annotations": boxes, "categories": categories}
 
@@ -497,6 +509,7 @@ def voc2coco(roots, out, split="trainval"):
     if not root.is_relative_to(out.parent):
         raise ValueError(f"{out} is not above the images in {root}, as a json must be: write it there")
     for row in table["images"]:
+        row |= image_size(root, row)
         row["file_name"] = (root / row["file_name"]).relative_to(out.parent).as_posix()
     out.write_text(json.dumps(table))
 

@@ -97,7 +97,7 @@ def parse_args(argv=None):
     add("--lr", type=float, help="AdamW's rate above the backbone")
     add("--lr-backbone", type=float, help="0 freezes the backbone; else all but its stem and first stage train")
     add("--weight-decay", type=float, default=1e-4, help="on all parameters (default 1e-4, released code)")
-    add("--clip", type=float, default=0.1, help="largest norm of the gradient (default 0.1, released code)")
+    add("--clip", type=float, default=0.1, help="largest norm of the gradient (default 0.1, released code; 0: any)")
     add = p.add_argument_group("evaluation and prediction").add_argument
     add("--metric", choices=METRICS, default="coco", help="AP as pycocotools (default), or VOC 2007's 11-point AP")
     add("--difficult", choices=["count", "ignore"], default="count", help="VOC: objects like all (default), or not")
@@ -117,6 +117,9 @@ def parse_args(argv=None):
     add("--keep-every", type=int, help="epochs; the weights of these stay as epoch-NNNN.pt")
     args = p.parse_args(argv)
     look = args.eval_only or args.predict
+    for a, b in (("eval_only", "predict"), ("eval_only", "overfit"), ("predict", "overfit")):
+        if getattr(args, a) and getattr(args, b):
+            p.error(f"--{a.replace('_', '-')} and --{b}: give one of them")
     needed = {"init": look, "train": not look, "val": args.eval_only or not (args.predict or args.overfit)}
     needed["predict"] = args.export_proposals
     for name in [name for name, need in needed.items() if need and not getattr(args, name)]:
@@ -125,8 +128,9 @@ def parse_args(argv=None):
         p.error("--limit with --export-proposals: the cache of a part would fit no --data of pretrain.py")
     if args.init and args.backbone_weights != "random":
         p.error(f"--backbone-weights {args.backbone_weights}: --init has the backbone; leave one of them out")
-    if args.workers < 0 or args.seed < 0:
-        p.error(f"--workers {args.workers}, --seed {args.seed}: give 0 or more")
+    for name in "workers seed drop_epoch lr lr_backbone weight_decay clip".split():
+        if not (getattr(args, name) or 0) >= 0:  # nan neither
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give 0 or more")
     if args.fraction is not None and not 0 < args.fraction <= 1:
         p.error(f"--fraction {args.fraction}: give a share in (0, 1]")
     counts = "limit overfit epochs batch_size micro_batch log_every eval_every save_every keep_every resolution".split()
@@ -157,14 +161,19 @@ def main(argv=None):
 def train(args, run, stop):
     """The run from its first to its last step; returns the exit code."""
     # --- data and model
-    found = runtime.latest_checkpoint(args.out)
+    found = runtime.latest_checkpoint(args.out, "train")
     source = found[0] if found else args.init
     build = resolve(args, source)
     labels = labelled(args, args.train, "trainval")
     train_set = data.DetectionSet(labels, not args.overfit, args.resolution, seed=args.seed)
-    val = data.DetectionSet(labels if args.overfit else labelled(args, args.val, "test"), False, args.resolution)
-    classes = [list(c) for c in train_set.annotations.categories]
-    check_classes(classes, val.annotations)
+    classes = [list(c) for c in labels.categories]
+    seen = labels if args.overfit else evaluated(args, classes)
+    val = data.DetectionSet(seen, False, args.resolution)
+    both = {labels.root / image["path"] for image in labels.images} & {
+        seen.root / image["path"] for image in seen.images
+    }
+    if both and not args.overfit and run.rank == 0:
+        print(f"{len(both)} photographs are in --train and in --val: AP says little about unseen ones", file=sys.stderr)
     torch.manual_seed(args.seed)
     detector = open_detector(args, run, build, classes, source, resume=bool(found))
     optimizer = torch.optim.AdamW(parameter_groups(detector, args), weight_decay=args.weight_decay, fused=True)
@@ -178,14 +187,18 @@ def train(args, run, stop):
     steps, drop_step = max(epoch_end), math.ceil(args.drop_epoch * n / batch_size)
 
     # --- resume
-    settings, start, best = {**vars(args), "classes": classes}, 0, -1.0
+    settings, start, best = {**vars(args), "classes": classes}, 0, -math.inf
+    for name, part in (("train", labels), ("val", seen)):
+        paths = [image["path"] for image in part.images]
+        settings[f"images and labels of --{name}"] = data.fingerprint(paths, part.boxes_xyxy, part.labels)
     if found:
         saved = found[1]
         runtime.check_settings(saved["settings"], settings, RUN_ONLY)
         optimizer.load_state_dict(saved["optimizer"])
         start, best = saved["step"], saved["best"]
         if start >= steps:
-            print(f"{args.out} is finished, {start} of {steps} steps: raise --epochs, or choose another --out")
+            also = f"raise --epochs, with --drop-epoch {args.drop_epoch} as it was"
+            print(f"{args.out} is finished, {start} of {steps} steps: {also}, or choose another --out")
             return 0
     log, out = runtime.Log(args.out, run.rank, start), Path(args.out)
     if start == 0:
@@ -205,13 +218,11 @@ def train(args, run, stop):
         began = time.time()
         runtime.seed_step(args.seed, step, run.rank)
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * (
-                0.1 if step >= drop_step else 1.0
-            )  # epoch: paper Sec. 4.1; a tenth: released code
+            group["lr"] = group["base_lr"] * (0.1 if step >= drop_step else 1.0)  # a tenth: released code
         batches = [next(loader).to(run.device) for _ in range(sampler.accumulate)]
         optimizer.zero_grad(set_to_none=True)
         terms = backward(net, detector.row, batches, weights, run, args.amp)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)  # released code
+        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)  # released code
         loss = sum(weights[k] * v for k, v in terms.items())
         if not norm.isfinite():
             rows = runtime.gather_rows(torch.cat([batch.index for batch in batches])).tolist()
@@ -353,20 +364,26 @@ def labelled(args, paths, split):
     return data.Annotations(found.root, *(column[:n] for column in found[1:7]), *found[7:])
 
 
-def check_classes(classes, annotations):
-    """ValueError unless each category to evaluate is a class of the detector: same id and, where known, same name."""
-    for number, name in annotations.categories:
-        if dict(map(tuple, classes)).get(number) not in (name, str(number)):
+def evaluated(args, classes):
+    """The annotations of --val; ValueError unless each of its categories is a class of the detector: same id and, where
+    known, same name. VOC has names alone, and takes the detector's ids.
+    """
+    found, number = labelled(args, args.val, "test"), {name: k for k, name in classes}
+    if all(data.is_voc(Path(path)) for path in args.val):
+        found = found._replace(categories=[(number.get(name, k), name) for k, name in found.categories])
+    for k, name in found.categories:
+        if dict(map(tuple, classes)).get(k) not in (name, str(k)):
             have = convert.few([f"{k} ({v})" for k, v in classes])
-            raise ValueError(f"category {number} ({name}) of --val is no class of the detector: that has {have}")
+            remedy = f"number it {number[name]} there" if name in number else "leave it out there"
+            raise ValueError(f"category {k} ({name}) of --val is no class of the detector, which has {have}: {remedy}")
+    return found
 
 
 def evaluate_file(args, run):
     """--eval-only: the numbers of --metric and AP per class of --init on --val, and the detections as COCO results."""
     detector, _ = load_detector(args.init, args)
     detector.to(run.device).fold_backbone(torch.bfloat16 if args.amp else torch.float32)
-    val = data.DetectionSet(labelled(args, args.val, "test"), False, args.resolution or detector.resolution)
-    check_classes(detector.classes, val.annotations)
+    val = data.DetectionSet(evaluated(args, detector.classes), False, args.resolution or detector.resolution)
     results = detect_all(detector, val, detector.classes, run, args)
     if run.rank == 0:
         path = Path(args.save_json or Path(args.out) / "detections.json")
@@ -405,19 +422,26 @@ def predict(args, run):
     detector.to(run.device).resolution = args.resolution or detector.resolution
     detector.fold_backbone(torch.bfloat16 if args.amp else torch.float32)
     paths = [str(images.root / name) for images in map(data.list_images, args.predict) for name in images.paths]
-    found, out = [], Path(args.out)
+    found, skipped, out = [], [], Path(args.out)
     for i, path in enumerate(tqdm(paths[: args.limit], "predict")):
-        image = data.load_image(path)
+        try:
+            image = data.load_image(path)
+        except ValueError as error:
+            skipped.append(str(error))
+            continue
         with torch.autocast(run.device.type, torch.bfloat16, enabled=args.amp):
             detections = detect(detector, classes, image, args.threshold)
         labels, scores, boxes_xyxy = ([row[k] for row in detections] for k in range(3))
-        plots.save_detections(out / f"{i:04d}-{Path(path).stem}.png", image, boxes_xyxy, labels, scores, args.threshold)
+        picture = out / f"{i:04d}-{Path(path).stem}.png"
+        plots.save_detections(picture, image, boxes_xyxy, labels, scores, args.threshold, classes)
         found += [{"file_name": path, "category": name, "score": score, "bbox": [x0, y0, x1 - x0, y1 - y0]}
                   for name, score, (x0, y0, x1, y1) in detections]  # fmt: skip
     if args.save_json:
         Path(args.save_json).write_text(json.dumps(found))
-    print(f"{len(found)} detections of score {args.threshold} or more on {i + 1} images; pictures: {out}")
-    return 0
+    shown = i + 1 - len(skipped)
+    print(f"{len(found)} detections of score {args.threshold} or more on {shown} images; pictures: {out}")
+    print("".join(f"skipped: {line}\n" for line in skipped), end="", file=sys.stderr)
+    return 1 if skipped else 0
 
 
 @torch.no_grad()
@@ -439,7 +463,11 @@ def export_proposals(args, run):
 
     def boxes():
         for path in tqdm(images.paths, "propose", unit="image"):
-            image = data.load_image(images.root / path)
+            try:
+                image = proposals.open_image(images.root / path)
+            except ValueError as error:
+                yield str(error.__cause__ or error)
+                continue
             with torch.autocast(run.device.type, torch.bfloat16, enabled=args.amp):
                 pred, size = look_at(detector, image), torch.tensor(image.size * 2)
             score = objectness(pred.logits[-1, 0], softmax, first)
@@ -448,7 +476,10 @@ def export_proposals(args, run):
             yield image.size, boxes_xyxy[order.cpu()].numpy(), score[order].cpu().numpy()
 
     cache = proposals.write_boxes(args.predict[0], args.export_proposals, images, boxes())
-    print(f"{cache.path} is complete: {cache.meta['boxes']} boxes on {len(cache)} images; give it to --proposals")
+    boxes, rejected = cache.meta["boxes"], len(cache.meta["rejected"])
+    print(f"{cache.path} is complete: {boxes} boxes on {len(cache)} images; give it to --proposals")
+    if rejected:
+        print(f"{rejected} images were rejected: {cache.path / 'meta.json'} says which, and why", file=sys.stderr)
     return 0
 
 
@@ -483,7 +514,7 @@ def load_pretrained(path):
 @torch.no_grad()
 def detect(detector, classes, image, threshold=0.5):
     """Objects of an image (path or PIL image), best first: [(class name, score, (x0, y0, x1, y1) in its pixels)]."""
-    image = image.convert("RGB") if hasattr(image, "convert") else data.load_image(image)
+    image = data.to_rgb(image) if hasattr(image, "convert") else data.load_image(image)
     pred = look_at(detector, image)
     ((scores, labels, boxes_xyxy),) = detector.top_boxes(pred, torch.tensor([image.size]))
     rows = zip(labels.tolist(), scores.tolist(), boxes_xyxy.tolist(), strict=True)

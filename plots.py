@@ -90,11 +90,14 @@ def save_proposals(path, image, boxes_xyxy, top=30, title=None):
 
 
 @styled
-def save_detections(path, image, boxes_xyxy, labels, scores, threshold=0.5, title=None):
-    """Detections of at least `threshold`, one colour a class name: boxes_xyxy (k, 4), labels k strings, scores (k,)."""
+def save_detections(path, image, boxes_xyxy, labels, scores, threshold=0.5, classes=None, title=None):
+    """Detections of at least `threshold`, one colour a class name: boxes_xyxy (k, 4), labels k strings, scores (k,).
+
+    classes: all names, so that a class has one colour in all pictures.
+    """
     boxes_xyxy, scores = _numpy(boxes_xyxy).reshape(-1, 4), _numpy(scores).reshape(-1)
     keep = [i for i in np.argsort(-scores, kind="stable") if scores[i] >= threshold]
-    names = sorted(set(labels))
+    names = list(classes or sorted(set(labels)))
     fig, (ax,) = panels([_image(image)], title)
     colours = [colour_of(names.index(labels[i])) for i in keep]
     draw(ax, boxes_xyxy[keep], [f"{labels[i]} {scores[i]:.2f}" for i in keep], colours=colours)
@@ -106,10 +109,11 @@ def save_detections(path, image, boxes_xyxy, labels, scores, threshold=0.5, titl
 def save_curves(path, logs, keys=None, x="step", title=None):
     """One panel a key of {label: run folder or its read_log}, one line a label; noisy ones with a running mean."""
     logs = {label: run if isinstance(run, list) else read_log(run) for label, run in logs.items()}
-    found = {k: 0 for records in logs.values() for r in records if x in r for k, v in r.items() if _is_number(v)}
-    keys = list(keys or (k for k in found if k not in (x, "step", "epoch")))
-    if not keys:
-        raise ValueError(f"{', '.join(logs)}: no numbers over '{x}' to draw yet")
+    rows = [r for records in logs.values() for r in records if x in r and "settings" not in r]
+    found = dict.fromkeys(k for r in rows for k, v in r.items() if _is_number(v) and k not in (x, "step", "epoch"))
+    if not found or (keys and not found.keys() & set(keys)):
+        raise ValueError(f"{', '.join(logs)}: no numbers over '{x}' to draw yet but {', '.join(found) or 'none'}")
+    keys = list(keys or found)
     columns = min(len(keys), 4 if len(keys) > 6 else 3)
     rows = math.ceil(len(keys) / columns)
     fig = Figure(figsize=(3.5 * columns, 2.5 * rows + 0.4), layout="constrained")
@@ -259,7 +263,7 @@ def colour_of(i):
 
 
 def _is_number(v):
-    return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+    return isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) <= sys.float_info.max
 
 
 def panels(images, title=None, columns=2):
@@ -348,7 +352,8 @@ def main():
     parser.add_argument("--out", help="PNG to write (default: curves.png in the first folder)")
     args = parser.parse_args()
     try:
-        out = args.out or Path(args.runs[0]) / "curves.png"
+        first = Path(args.runs[0])
+        out = args.out or (first.parent if first.is_file() else first) / "curves.png"
         print(save_curves(out, {run.rstrip("/"): run for run in args.runs}, args.keys))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -10,6 +10,7 @@ of one view find it in the other, and no longer when the regions are exchanged? 
 """
 
 import argparse
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ import losses
 import plots
 import runtime
 from convert import load_backbone, load_detector
-from data import list_images, normalise
+from data import fingerprint, list_images, normalise
 from model import METHODS, VARIANTS, build_detector, objectness
 from proposals import Cache, read_classes, write_cache
 from toyset import write_toy
@@ -119,7 +120,7 @@ def parse_args(argv=None):
     g.add_argument("--micro-batch", type=int, help="photographs per forward and process (default: no accumulation)")
     g.add_argument("--lr", type=float, help="AdamW's (default: the recipe's)")
     g.add_argument("--weight-decay", type=float, default=1e-4, help="on all parameters (default 1e-4)")
-    g.add_argument("--clip", type=float, default=0.1, help="largest norm of the gradient (default 0.1)")
+    g.add_argument("--clip", type=float, default=0.1, help="largest norm of the gradient (default 0.1; 0: any)")
     g = p.add_argument_group("run")
     g.add_argument("--out", required=True, help="folder of checkpoints, log.jsonl and pictures")
     g.add_argument("--init", help="checkpoint whose detector weights to start from")
@@ -146,8 +147,8 @@ def parse_args(argv=None):
     counts = "num_regions resolution limit steps batch_size micro_batch log_every save_every keep_every".split()
     for name in [name for name in counts if getattr(args, name) is not None and getattr(args, name) < 1]:
         p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least 1")
-    if args.workers < 0 or args.seed < 0:
-        p.error(f"--workers {args.workers}, --seed {args.seed}: give 0 or more")
+    for name in [n for n in "workers seed drop_step lr weight_decay clip".split() if not getattr(args, n) >= 0]:
+        p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give 0 or more")
     for name in ("tau", "region_nms", "no_global", "decoder_consistency") if args.method != "siamese" else ():
         if getattr(args, name) != p.get_default(name):
             p.error(f"--{name.replace('_', '-')} means nothing to --method {args.method}: leave it out")
@@ -177,7 +178,7 @@ def pretrain(args, run, stop):
 
     # --- model: only what trains is given to the optimiser; the frozen backbone stays outside DDP's buckets
     torch.manual_seed(args.seed)
-    found = runtime.latest_checkpoint(args.out)
+    found = runtime.latest_checkpoint(args.out, "method")
     net = build_net(args, run, bool(found))
     weights = loss_weights(args, net)
     groups = parameter_groups(net, args)
@@ -185,7 +186,7 @@ def pretrain(args, run, stop):
     optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
 
     # --- resume
-    settings, start = vars(args), 0
+    settings, start = {**vars(args), "photographs of --data": fingerprint(train_set.paths)}, 0
     if found:
         _, saved = found
         runtime.check_settings(saved["settings"], settings, ignore=RUN_ONLY)
@@ -242,7 +243,7 @@ def pretrain(args, run, stop):
             values = {"loss": total.detach(), **{k: v.detach().sum() for k, v in terms.items()}}
             values["no_proposal"] = batch.fallback.float().mean()
             window.append(values if own_group is None else {**values, "batch_own_group": own_group})
-        norm = window[-1]["grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.clip)  # released code
+        norm = window[-1]["grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)  # released code
         if not norm.isfinite():
             rows = runtime.gather_rows(torch.cat([batch.index for batch in batches])).tolist()
             terms = {k: sum(v[k] for v in window[-len(batches) :]) / len(batches) for k in values}
@@ -256,7 +257,8 @@ def pretrain(args, run, stop):
             log.write(step=step + 1, lr=optimizer.param_groups[0]["lr"], **mean)
             window.clear()
         asked = stop()
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or asked:
+        due = any((step + 1) % every == 0 for every in (args.save_every, args.keep_every) if every)
+        if due or step + 1 == args.steps or asked:
             save(step + 1)
         if asked and step + 1 < args.steps:
             print(f"stopped by a signal after step {step + 1}, state saved; the same command goes on")
@@ -298,20 +300,18 @@ def build_data(args, run):
 
     Of fewer than ten photographs none is held out: the report then asks up to eight that are trained on.
     """
-    if args.data == "toy":
-        root = Path(args.out) / "toy"
-        if run.rank == 0:
-            write_toy(root)
-        runtime.sum_over_ranks(torch.zeros(1))  # the others wait
-        args.data = str(root / "unlabelled")
+    source = args.data if args.data != "toy" else Path(args.out) / "toy" / "unlabelled"
+    if args.data == "toy" and run.rank == 0:
+        write_toy(source.parent)
+    runtime.sum_over_ranks(torch.zeros(1))  # the others wait
     if args.proposals == "gt" and run.rank == 0:
-        write_cache(args.data, Path(args.out) / "gt-boxes", kind="gt")
+        write_cache(source, Path(args.out) / "gt-boxes", kind="gt")
     runtime.sum_over_ranks(torch.zeros(1))  # the others wait
     folder = Path(args.out) / "gt-boxes" if args.proposals == "gt" else args.proposals
     proposals = None if folder == "random" else Cache(folder, args.pseudo_classes)
     if proposals is None and args.pseudo_classes:
         raise ValueError(f"--pseudo-classes {args.pseudo_classes}: give the cache it was made for as --proposals")
-    images = list_images(args.data) if proposals is None else proposals.image_list(args.data)
+    images = list_images(source) if proposals is None else proposals.image_list(source)
     if args.limit:
         images = images._replace(paths=images.paths[: args.limit])
     # DETReg has ImageNet's sizes on COCO too, and so have the recipes that stand for ImageNet (released code)

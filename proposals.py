@@ -258,7 +258,8 @@ def read_classes(path):
 def write_boxes(source, out, images, found):
     """Write boxes made elsewhere, a detector's, as the cache `out` of kind "model" -> Cache.
 
-    found: for each image of the ImageList `images` its size (w, h), boxes (k, 4) xyxy, best first, and scores (k,).
+    found: for each image of the ImageList `images` its size (w, h), boxes (k, 4) xyxy, best first, and scores (k,), or
+    a string that says why it is rejected.
     Raises ValueError when `out` is in use, is complete already or holds anything else.
     """
     out, plan = Path(out), DEFAULTS | {"kind": "model", "version": 1, "shards": 1}
@@ -269,7 +270,11 @@ def write_boxes(source, out, images, found):
             raise ValueError(f"{out} holds the boxes of an earlier export: give another folder")
         part = out / "parts" / "0"
         with open(part, "wb") as file:
-            for size, boxes, scores in found:
+            for entry in found:
+                if isinstance(entry, str):
+                    file.write(packed(entry, b""))
+                    continue
+                size, boxes, scores = entry
                 wide = (boxes[:, :2] < boxes[:, 2:]).all(1)  # sides below float32's resolution are none
                 boxes, scores = boxes[wide][: plan["max_boxes"]], scores[wide][: plan["max_boxes"]]
                 body = np.asarray(boxes, "<f4").tobytes() + np.asarray(scores, "<f4").tobytes()
@@ -390,12 +395,18 @@ def fill(part, indices, workers, make):
             raise ValueError(f"a worker failed ({last}): run the same command again, with fewer --workers") from error
 
 
+def open_image(path):
+    """load_image of what is large enough for a view, else ValueError."""
+    image = load_image(path)
+    if min(image.size) < MIN_SIDE:
+        raise ValueError(f"{image.width} x {image.height} pixels: a side is shorter than {MIN_SIDE}")
+    return image
+
+
 def record(images, labels, settings, index):
     """Length, CRC, a json line, boxes, scores; the json is [w, h, boxes of each draw], or why the image is rejected."""
     try:
-        image = load_image(images.root / images.paths[index])
-        if min(image.size) < MIN_SIDE:
-            raise ValueError(f"{image.width} x {image.height} pixels: a side is shorter than {MIN_SIDE}")
+        image = open_image(images.root / images.paths[index])
         if labels and labels[index][0] != image.size:
             raise ValueError(f"its json says {labels[index][0]}, training sees {image.size}: boxes of another frame")
     except ValueError as error:

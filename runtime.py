@@ -279,10 +279,11 @@ def read_checkpoint(path, map_location="cpu"):
             raise ValueError(f"{path}: not a whole checkpoint of tensors and plain values ({why})") from error
 
 
-def latest_checkpoint(out, map_location="cpu"):
+def latest_checkpoint(out, flag=None, map_location="cpu"):
     """Newest readable step-*.pt -> (path, state), or None without any; torn ones are passed over with one warning.
 
-    All processes call it. Raises ValueError when none is readable, or when they do not all see the same file.
+    All processes call it. Raises ValueError when none is readable, when they do not all see the same file, or when its
+    settings lack `flag`, which all runs of the calling script have.
     """
     found = _newest_readable(out, map_location)
     rank, world = _place()
@@ -290,6 +291,8 @@ def latest_checkpoint(out, map_location="cpu"):
     if steps != steps[:1] * world:
         seen = ", ".join("none" if step < 0 else f"step {step}" for step in steps)
         raise ValueError(f"{out}: the processes see different checkpoints ({seen}): put --out where all can read it")
+    if found and flag and flag not in found[1]["settings"]:
+        raise ValueError(f"{out} holds the run of another script, without --{flag}: choose another --out")
     return found
 
 
@@ -366,7 +369,10 @@ def check_settings(saved, now, ignore=()):
     saved, now = ({k: json.dumps(v, default=str) for k, v in d.items() if k not in ignore} for d in (saved, now))
     changed = [k for k in saved | now if saved.get(k) != now.get(k)]
     if changed:
-        each = (f"--{k.replace('_', '-')} was {saved.get(k, 'absent')}, is {now.get(k, 'absent')}" for k in changed)
+        names = [k if " " in k else f"--{k.replace('_', '-')}" for k in changed]
+        each = (
+            f"{n} was {saved.get(k, 'absent')}, is {now.get(k, 'absent')}" for n, k in zip(names, changed, strict=True)
+        )
         raise ValueError(f"{'; '.join(each)}: a run goes on as it began; take the old value or another --out")
 
 

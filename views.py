@@ -100,6 +100,9 @@ class ViewDataset(Dataset):
         image = load_image(path)
         if min(image.size) < MIN_SIDE:
             raise ValueError(f"{path}: {image.width} x {image.height} pixels, a view needs {MIN_SIDE}: leave it out")
+        sizes = getattr(self.proposals, "sizes", None)
+        if sizes is not None and tuple(sizes[index].tolist()) != image.size:
+            raise ValueError(f"{path} is {image.size}, its proposals of {sizes[index]} (w, h): write the cache again")
         proposals = torch.empty(0, 4) if self.proposals is None else torch.tensor(self.proposals.boxes(index, epoch))
         make = self.two_views if self.method == "siamese" else self.one_view
         views, boxes, rois, rows, crops = make(image, proposals, g)

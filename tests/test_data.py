@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import warnings
 from pathlib import Path
 
@@ -402,6 +403,31 @@ def test_voc_and_coco_give_the_same_targets(tmp_path):
     first, second = (DetectionSet(read_annotations(s), True, resolution=64) for s in (root, tmp_path / "made.json"))
     for a, b in zip(first[1, 0][:3], second[1, 0][:3], strict=True):
         assert torch.equal(a, b)
+
+
+def test_voc2coco_writes_areas_and_the_sizes_that_xml_lacks(tmp_path):
+    root = voc(tmp_path / "VOC2007", {"a": [("cat", 1, 1, 9, 5, 0)]}, {"trainval": ["a"]})
+    xml = root / "Annotations" / "a.xml"
+    size = data.load_image(next((root / "JPEGImages").iterdir())).size
+    xml.write_text(re.sub("<size>.*?</size>", "", xml.read_text(), flags=re.DOTALL))
+    data.voc2coco([root], tmp_path / "made.json")
+    table = json.loads((tmp_path / "made.json").read_text())
+    assert [(row["width"], row["height"]) for row in table["images"]] == [size]
+    assert [row["area"] for row in table["annotations"]] == [9 * 5]
+
+
+def test_lists_written_by_notepad_begin_with_their_first_image(tmp_path):
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfa.png\r\n")
+    assert data.list_images(tmp_path / "list.txt").paths == ["a.png"]
+
+
+def test_fingerprint_tells_names_order_and_boxes():
+    boxes = [torch.rand(2, 4), torch.rand(0, 4)]
+    usual = data.fingerprint(["a", "b"], boxes)
+    assert usual == data.fingerprint(["a", "b"], [b.clone() for b in boxes]) and usual.startswith("2, checksum ")
+    others = [(["ab", ""], boxes), (["b", "a"], boxes), (["a", "b"], [boxes[0] + 1, boxes[1]]), (["a"], boxes)]
+    assert len({usual, *(data.fingerprint(*other) for other in others)}) == 5
 
 
 def test_voc_roots_are_joined_and_split(tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,10 +25,12 @@ import data
 import finetune
 import losses
 import metrics
+import plots
 import runtime
 import toyset
 from bench import overfit
 from model import VARIANTS, Siamese, build_detector
+from proposals import Cache
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(backbone="mobilenet_v2", hidden_dim=32, enc_layers=1, dec_layers=2, num_queries=12, dropout=0.0)
@@ -311,6 +314,71 @@ def test_resume_of_a_finished_run_says_so_and_of_another_is_refused(toy, trained
     assert "--lr was 0.001, is 0.0001" in capsys.readouterr().err
 
 
+def test_finished_run_goes_on_with_more_epochs_as_it_says(toy, tmp_path, capsys):
+    run(toy, tmp_path, "--epochs 1")
+    run(toy, tmp_path, "--epochs 1")
+    flag = re.search(r"raise --epochs, with (--drop-epoch \d+)", capsys.readouterr().out)[1]
+    run(toy, tmp_path, f"--epochs 3 {flag}")
+    assert max(logged(tmp_path, "step")) == 6
+
+
+def test_resume_refuses_other_images_or_labels_by_name(toy, tmp_path, capsys):
+    for part in ("train", "val"):
+        shutil.copytree(toy, tmp_path / "toy", dirs_exist_ok=True)
+        (tmp_path / "backbone.pth").write_bytes((toy.parent / "backbone.pth").read_bytes())
+        run(tmp_path / "toy", tmp_path / part, "--epochs 1")
+        path = tmp_path / "toy" / f"{part}.json"
+        table = json.loads(path.read_text())
+        table["annotations"][0]["bbox"][2] += 1
+        path.write_text(json.dumps(table))
+        run(tmp_path / "toy", tmp_path / part, "--epochs 2 --drop-epoch 1", code=2)
+        assert f"images and labels of --{part} was" in capsys.readouterr().err
+
+
+def test_best_weights_are_kept_where_ap_is_not_defined(toy, tmp_path):
+    table = json.loads((toy / "val.json").read_text())
+    (toy / "empty.json").write_text(json.dumps({**table, "annotations": []}))
+    run(toy, tmp_path, "--epochs 1", val="empty.json")
+    assert logged(tmp_path, "AP") == [-1] and (tmp_path / "best.pt").exists()
+
+
+def test_photographs_in_train_and_val_are_said(toy, tmp_path, capsys):
+    run(toy, tmp_path / "a", "--epochs 1", val="train.json")
+    assert "8 photographs are in --train and in --val" in capsys.readouterr().err
+    run(toy, tmp_path / "b", "--epochs 1")
+    assert "photographs are in" not in capsys.readouterr().err
+
+
+def test_voc_roots_of_other_classes_are_matched_by_name_and_jsons_are_told_the_number(toy, tmp_path, capsys):
+    for root, names in (("a", ["00000", "00001", "00002", "00003"]), ("b", ["00008", "00009"])):
+        write_voc(tmp_path / root, toy, names, "train" if root == "a" else "val", "trainval")
+        shutil.rmtree(tmp_path / root / "ImageSets")
+        for xml in (tmp_path / root / "Annotations").iterdir():
+            text = re.sub("<name>(.*?)</name>", r"<name>my \1</name>", xml.read_text())
+            only = f"<name>my {data.VOC_CLASSES[1]}</name>"
+            xml.write_text(re.sub("<name>.*?</name>", only, text) if root == "b" else text)
+    weights = f"--backbone-weights {toy.parent / 'backbone.pth'} {SMALL_FLAGS} {FAST}"
+    more = f"--train {tmp_path / 'a'} --epochs 1 --out {tmp_path / 'out'} {weights}"
+    assert finetune.main(f"{more} --val {tmp_path / 'b'}".split()) == 0
+    first = json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[0])
+    ids = {name: k for k, name in first["settings"]["classes"]}
+    assert len(ids) > 1 and ids[f"my {data.VOC_CLASSES[1]}"] > 0
+    found = evaluate(tmp_path / "out" / "best.pt", tmp_path / "b", tmp_path / "look")
+    assert {row["category_id"] for row in found} <= set(ids.values())
+    data.voc2coco([tmp_path / "b"], tmp_path / "b" / "val.json")
+    best = tmp_path / "out" / "best.pt"
+    error = refused(capsys, f"--eval-only --init {best} --val {tmp_path / 'b' / 'val.json'} --out {tmp_path / 'o'}")
+    assert f"number it {ids[f'my {data.VOC_CLASSES[1]}']} there" in error
+
+
+def test_clip_0_leaves_the_gradient_as_it_is(toy, tmp_path):
+    losses = {}
+    for clip in ("0", "1e9", "1e-12"):
+        run(toy, tmp_path / clip, f"--epochs 1 --clip {clip} --weight-decay 0")
+        losses[clip] = runtime.read_checkpoint(tmp_path / clip / "step-00000002.pt")["model"]["class_embed.bias"]
+    assert torch.equal(losses["0"], losses["1e9"]) and not torch.equal(losses["0"], losses["1e-12"])
+
+
 def test_checkpoints_are_the_best_and_the_newest_two_and_those_to_keep(toy, tmp_path):
     run(toy, tmp_path, "--epochs 4 --keep-every 3")
     names = {path.name for path in tmp_path.glob("*.pt")}
@@ -485,6 +553,38 @@ def test_predict_writes_a_picture_an_image_and_a_json(toy, trained, tmp_path):
     assert {Path(row["file_name"]).name for row in found} >= {path.name for path in (toy / "train").iterdir()}
 
 
+def test_unreadable_images_are_skipped_by_name_in_pictures_and_in_an_export(toy, trained, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    shutil.copytree(toy / "val", folder)
+    (folder / "00000-broken.jpg").write_bytes(b"no image")
+    Image.new("RGB", (10, 40)).save(folder / "tiny.png")
+    init = f"--predict {folder} --init {trained / 'best.pt'} --resolution 64 --out {tmp_path / 'out'}"
+    assert finetune.main(f"{init} --threshold 0 --save-json {tmp_path / 'a.json'}".split()) == 1
+    assert "skipped: " in (said := capsys.readouterr().err) and "00000-broken.jpg" in said
+    good = {path.name for path in folder.iterdir()} - {"00000-broken.jpg"}
+    assert {Path(row["file_name"]).name for row in json.loads((tmp_path / "a.json").read_text())} == good
+    assert len(list((tmp_path / "out").glob("*.png"))) == len(good)
+    assert finetune.main(f"{init} --export-proposals {tmp_path / 'cache'}".split()) == 0
+    cache = Cache(tmp_path / "cache")
+    assert [path for path, _ in cache.rejected] == ["00000-broken.jpg", "tiny.png"]
+    assert "2 images were rejected" in capsys.readouterr().err and len(cache) == len(good) - 1
+
+
+def test_classes_keep_their_colour_from_picture_to_picture(toy, trained, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(plots, "save_detections", lambda *args: seen.append(args))
+    finetune.main(f"--predict {toy / 'val'} --init {trained / 'best.pt'} --out {tmp_path}".split())
+    assert len(seen) > 1 and all(args[6] == finetune.load_detector(trained / "best.pt")[1] for args in seen)
+
+
+def test_detect_takes_16_bit_images_as_their_files(trained, tmp_path):
+    detector, classes = finetune.load_detector(trained / "best.pt")
+    grey = np.linspace(0, 65535, 64 * 80).reshape(64, 80).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "g.png")
+    found = finetune.detect(detector, classes, Image.open(tmp_path / "g.png"), 0)
+    assert found == finetune.detect(detector, classes, tmp_path / "g.png", 0)
+
+
 @pytest.mark.parametrize(
     "job, flags",
     [("predict", "--predict a"), ("export_proposals", "--predict a --export-proposals b"),
@@ -548,7 +648,11 @@ def test_predict_and_export_refuse_more_than_one_process(tmp_path, monkeypatch, 
                                   "--train a --val b --fraction 1.5", "--train a --val b --fraction nan",
                                   "--predict a --init b --export-proposals c --limit 3",
                                   "--eval-only --init a --overfit 8", "--train a --val b --workers -1",
-                                  "--train a --val b --init c --backbone-weights d"])  # fmt: skip
+                                  "--train a --val b --init c --backbone-weights d",
+                                  "--train a --val b --lr=-1", "--train a --val b --lr nan",
+                                  "--train a --val b --clip -0.1", "--train a --val b --lr-backbone=-1e-5",
+                                  "--train a --val b --drop-epoch -3", "--eval-only --init a --val b --predict c",
+                                  "--eval-only --init a --val b --overfit 8"])  # fmt: skip
 def test_parse_args_refuses_what_cannot_run(more):
     with pytest.raises(SystemExit) as stopped:
         finetune.parse_args(more.split())

@@ -132,7 +132,11 @@ def test_save_detections_survives_boxes_that_are_not_numbers(tmp_path):
 
 def records(n, offset=0.0):
     rows = [{"step": 10 * i, "loss": 3 / (i + 1) + offset, "lr": 1e-4, "note": "x"} for i in range(n)]
-    return [{"settings": {"lr": 1}}, *rows, {"step": 10 * n, "epoch": 1, "AP": 0.2, "loss": "nan"}]
+    return [
+        {"step": 0, "settings": {"lr": 1}, "images": 5, "steps": 10},
+        *rows,
+        {"step": 10 * n, "epoch": 1, "AP": 0.2, "loss": "nan"},
+    ]
 
 
 @pytest.mark.parametrize("n", [0, 1, 20, 200])
@@ -140,7 +144,7 @@ def test_save_curves_draws_one_panel_a_number_and_one_line_a_run(tmp_path, drawn
     logs = {"a": records(n), "b": records(n, 1.0)}
     assert is_picture(plots.save_curves(tmp_path / "c.png", logs))
     panels = {ax.get_title("left"): ax for ax in drawn[0].axes}
-    assert set(panels) == ({"loss", "lr", "AP"} if n else {"AP"})
+    assert set(panels) == ({"loss", "lr", "AP"} if n else {"AP"})  # nothing of the line of settings
     if n:
         lines = panels["loss"].lines
         assert len({line.get_color() for line in lines}) == 2 and len(lines) == (4 if n == 200 else 2)
@@ -158,6 +162,19 @@ def test_save_curves_running_mean_keeps_a_constant(tmp_path, drawn):
 def test_save_curves_without_numbers_names_the_runs(tmp_path):
     with pytest.raises(ValueError, match="fresh: no numbers over 'step'"):
         plots.save_curves(tmp_path / "c.png", {"fresh": [{"settings": {}}]})
+
+
+def test_command_takes_a_log_and_refuses_keys_that_are_not_there(tmp_path, monkeypatch, capsys):
+    rows = [{"step": 0, "settings": {}}, {"step": 1, "loss": 2.0, "huge": 10**400}, {"step": 2, "loss": 1.0}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for run in (tmp_path, tmp_path / "log.jsonl"):
+        monkeypatch.setattr(sys, "argv", ["plots.py", str(run)])
+        plots.main()
+        assert is_picture(tmp_path / "curves.png")
+        (tmp_path / "curves.png").unlink()
+    monkeypatch.setattr(sys, "argv", ["plots.py", str(tmp_path), "--keys", "nosuch"])
+    with pytest.raises(SystemExit, match="no numbers over 'step' to draw yet but loss"):
+        plots.main()
 
 
 def test_save_ap_shows_mean_and_range_of_seeds(tmp_path, drawn):

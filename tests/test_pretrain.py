@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from pretrain import (
     parse_args,
     region_report,
 )
-from runtime import Run, latest_checkpoint
+from runtime import Run, latest_checkpoint, write_checkpoint
 from views import collate_views
 
 TINY = ["--backbone", "mobilenet_v2", "--backbone-weights", "random", "--hidden-dim", "32", "--enc-layers", "1",
@@ -107,6 +108,33 @@ def test_resumed_run_with_other_ways_of_computing_equals_an_uninterrupted_one(ph
     assert first["loss"] == pytest.approx(usual["loss"], rel=2e-2)  # a grey level, or the last bits of a convolution
 
 
+def test_resume_refuses_other_photographs_and_another_scripts_run(photos, tmp_path, capsys):
+    copy, out = tmp_path / "photos", tmp_path / "out"
+    shutil.copytree(photos, copy)
+    pretrain(copy, out, "--steps", "3")
+    (copy / "07.png").unlink()
+    assert pretrain(copy, out) == 2
+    error = capsys.readouterr().err
+    assert re.search(r'photographs of --data was "20, checksum \w+", is "19, checksum \w+"', error)
+    state = torch.load(out / "step-00000003.pt", weights_only=True)
+    (out / "step-00000003.pt").unlink()
+    write_checkpoint(out / "step-00000003.pt", {**state, "settings": {"train": "a.json"}})
+    assert pretrain(copy, out) == 2 and "the run of another script, without --method" in capsys.readouterr().err
+
+
+def test_clip_0_trains_and_checkpoints_to_keep_are_made(photos, tmp_path):
+    pretrain(photos, tmp_path / "a", "--clip", "0", "--save-every", "2", "--keep-every", "3")
+    pretrain(photos, tmp_path / "b", "--clip", "1e9")
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert {path.name for path in (tmp_path / "a").glob("step-*.pt")} >= {"step-00000003.pt", "step-00000006.pt"}
+
+
+def test_run_on_the_toy_set_goes_on_after_its_folder_has_moved(tmp_path, capsys):
+    assert pretrain("toy", tmp_path / "a", "--steps", "2") == 0
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert pretrain("toy", tmp_path / "b", "--steps", "2") == 0 and "finished" in capsys.readouterr().out
+
+
 def test_loss_falls_on_a_repeated_batch(photos):
     args = parse_args(["--data", str(photos), "--out", "unused", *TINY, "--backbone", "resnet18"])
     net, batch = tiny_net(args), batch_of(args, 4)
@@ -149,7 +177,7 @@ def test_report_sees_regions_used_and_ignored(photos):
             self.listens, self.f_sem = listens, nn.Identity()
             self.asks, self.softmax, self.cost_class, self.first, self.other = True, True, 1.0, 1, 1
 
-        def prepare(self, x, mask, rois, boxes, crops):
+        def prepare(self, x, mask, rois, boxes, crops, valid):
             return None, boxes, boxes - 0.5
 
         def look(self, ctx, z):

@@ -15,6 +15,7 @@ from torchvision.ops import box_convert, box_iou
 import views
 from bench.loading import pil_colour
 from data import ImageList, resize_size, stream
+from proposals import write_cache
 from views import ViewDataset, choose_regions, collate_views, diagonal_pair, draw_colour, map_boxes, two_rectangles
 
 UNIT = (0, 0, 1, 1)
@@ -348,6 +349,16 @@ def test_flip_is_shared_and_drawn_half_of_the_time(tmp_path):
     slopes = torch.stack([data[epoch, 0].x[..., -1].float().mean((1, 2)) - data[epoch, 0].x[..., 0].float().mean((1, 2))
                           for epoch in range(200)])  # fmt: skip
     assert torch.equal(slopes[:, 0] > 0, slopes[:, 1] > 0) and 0.4 < (slopes[:, 0] > 0).float().mean() < 0.6
+
+
+def test_proposals_of_images_of_another_size_are_refused_by_name(tmp_path):
+    for size in ((80, 60), (40, 30)):
+        Image.new("RGB", size, "red").save(tmp_path / "a.png")
+        if size == (80, 60):
+            cache = write_cache(tmp_path, tmp_path / "cache", kind="random")
+    images = cache.image_list(tmp_path)
+    with pytest.raises(ValueError, match=r"a.png is \(40, 30\), its proposals of \[80 60\]"):
+        ViewDataset(images, cache)[0, 0]
 
 
 def test_tau_one_gives_identical_views(folder):
