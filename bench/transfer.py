@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -128,16 +128,20 @@ class Study:
     def work(self):
         """All that is to do, --jobs runs at a time; returns the exit code."""
         self.write()
-        failed, futures = [], {}
+        failed, running, waiting = {}, {}, list(self.todo)
         with ThreadPoolExecutor(self.args.jobs) as pool:
             try:
                 self.prepare()
-                for run in self.todo:  # in the order of `plan`: what a run waits for has been started before it
-                    after = run.init or (self.siamese if "{own-boxes}" in run.flags else None)
-                    futures[run.name] = pool.submit(self.run, run, futures.get(after))
-                for name, future in futures.items():
-                    if error := future.exception():
-                        failed.append(f"{name}: {error}")
+                while waiting or running:
+                    pending = {run.name for run in (*waiting, *running.values())}
+                    ready = [run for run in waiting if self.after(run) not in pending]  # in the order of `plan`
+                    for run in ready[: self.args.jobs - len(running)]:
+                        waiting.remove(run)
+                        running[pool.submit(self.run, run, failed)] = run
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        run = running.pop(future)
+                        if error := future.exception():
+                            failed[run.name] = error
             except KeyboardInterrupt:
                 self.stopping = True
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -147,7 +151,8 @@ class Study:
         if self.stopping:
             print("stopped, state saved; the same command goes on")
             return runtime.STOPPED
-        print("\n".join([f"failed: {line}" for line in failed] + [f"{self.args.results}: {len(self.lines)} runs"]))
+        print("\n".join([f"failed: {name}: {error}" for name, error in failed.items()]
+                        + [f"{self.args.results}: {len(self.lines)} runs"]))  # fmt: skip
         for best in numbers.best_rates(self.lines.values()) if self.args.tune else ():
             print(f"{best['lr']}  {best['key']}  {best['tried']}")
         return 1 if failed else 0
@@ -168,12 +173,16 @@ class Study:
             if f"{{{name}}}" in asked and name != "own-boxes" and not (self.out / made).exists():
                 self.call(command, name)
 
-    def run(self, run, first):
-        """One run and its line in the results file; `first`: the future of its pretraining."""
+    def after(self, run):
+        """The name of the pretraining that a run starts from or takes its boxes from, or None."""
+        return run.init or (self.siamese if "{own-boxes}" in run.flags else None)
+
+    def run(self, run, failed):
+        """One run and its line in the results file, unless the pretraining it needs is among `failed`."""
         if self.stopping:
             return
-        if first:
-            first.result()
+        if self.after(run) in failed:
+            raise ValueError(f"{self.after(run)} failed before it")
         with self.boxes_lock:
             if "{own-boxes}" in run.flags and not (self.out / NEEDS["own-boxes"][0]).exists():
                 self.call(NEEDS["own-boxes"][1], "own-boxes")

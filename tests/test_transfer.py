@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -349,6 +350,32 @@ def test_a_second_round_brings_the_pretraining_whose_boxes_it_needs(tmp_path):
     runs = transfer.Study(settings(*flags, "--labels", str(tmp_path / "toy" / "train.json"))).todo
     assert [run.kind for run in runs] == ["pretrain", "pretrain", *["finetune"] * 3]
     assert runs[0].name == study.siamese(settings(*flags)).name and "{own-boxes}" in runs[1].flags
+
+
+def test_runs_that_wait_for_a_pretraining_leave_their_place_to_others(tmp_path, monkeypatch):
+    args = settings("--questions", "1", "--seeds", "1", "2", "--jobs", "2", "--out", str(tmp_path),
+                    "--results", str(tmp_path / "r.jsonl"), "--labels", str(ROOT / "tests" / "none"))  # fmt: skip
+    monkeypatch.setattr(numbers, "open_labels", lambda _: type("Labels", (), {"dataset": {"images": []}}))
+    case, order, lock, busy, most = transfer.Study(args), [], threading.Lock(), [], []
+
+    def run(self, run, failed):
+        with lock:
+            assert not run.init or run.init in order or run.init in failed
+            busy.append(run.name)
+            most.append(sum(name.startswith("pretrain") for name in busy))
+        time.sleep(0.3 if run.kind == "pretrain" else 0.02)
+        with lock:
+            busy.remove(run.name)
+            order.append(run.name)
+        if run.name.startswith("pretrain-conditional-detreg"):
+            raise ValueError("no room")
+
+    monkeypatch.setattr(transfer.Study, "run", run)
+    monkeypatch.setattr(transfer.Study, "prepare", lambda self: None)
+    assert case.work() == 1 and max(most) == 2  # the second pretraining does not wait for what follows the first
+    assert sorted(order) == sorted(run.name for run in case.todo) and len(order) == 11
+    kinds = [name.split("-")[0] for name in order]
+    assert kinds.index("finetune") < kinds.index("pretrain")  # from scratch waits for nothing
 
 
 def test_lines_and_bars_show_their_intervals_and_do_without(tmp_path, monkeypatch):
