@@ -146,6 +146,21 @@ def at_epoch(line, epoch, key="AP"):
     return float(np.interp(epoch, [0, *curve["epoch"]], [0, *curve[key]]))
 
 
+def over_the_run(line, key="AP"):
+    """A curve's mean over the epochs, on straight lines between evaluations, from 0 at epoch 0."""
+    epochs, values = [0, *line["curve"]["epoch"]], [0, *line["curve"][key]]
+    areas = np.diff(epochs) * (np.array(values[1:]) + values[:-1]) / 2
+    return float(areas.sum() / epochs[-1])
+
+
+def spread(found):
+    """Standard deviation of `cells` over the fine-tuning seeds of a pretraining, pooled; nan where each has one."""
+    groups = [[value for (p, _), value in found.items() if p == pre] for pre in {p for p, _ in found}]
+    squares = sum(((np.array(group) - np.mean(group)) ** 2).sum() for group in groups)
+    free = sum(len(group) - 1 for group in groups)
+    return float((squares / free) ** 0.5) if free else float("nan")
+
+
 def epochs_until(epochs, values, goal):
     """The first epoch, on straight lines between evaluations, at which a curve from 0 reaches the goal, or None."""
     epochs, values = [0, *epochs], [0, *values]

@@ -94,6 +94,16 @@ def test_epochs_until_and_ap_between_evaluations_lie_on_the_curve():
     assert [numbers.at_epoch(line, e) for e in (1, 3, 5)] == pytest.approx([0, 0.1, 0.15])
 
 
+def test_mean_over_the_run_is_the_area_under_the_curve_and_the_spread_that_of_seeds_alone():
+    assert numbers.over_the_run({"curve": {"epoch": [2, 4, 6], "AP": [0.0, 0.2, 0.2]}}) == pytest.approx(0.6 / 6)
+    assert numbers.over_the_run({"curve": {"epoch": [10], "AP": [0.4]}}) == pytest.approx(0.2)
+    g = np.random.default_rng(0)
+    found = {(p, s): 100 * p + 3 * g.normal() for p in range(4) for s in range(500)}  # whole pretrainings apart
+    assert numbers.spread(found) == pytest.approx(3, rel=0.05)
+    assert numbers.spread({(0, 0): 1.0, (0, 1): 3.0, (1, 0): 9.0}) == pytest.approx(2**0.5)
+    assert np.isnan(numbers.spread({(0, 0): 1.0, (1, 0): 9.0}))
+
+
 # ---------------------------------------------------------------- what is run, and in which order
 
 
@@ -277,6 +287,12 @@ def test_report_gives_paired_gains_with_intervals_and_marks_what_does_not_use_it
         line for line in text.splitlines() if line.startswith("| Conditional, Siamese DETR | ") and "x" not in line
     )
     assert float(until.split("|")[3]) == pytest.approx(15 + 15 * (0.21 - 0.13) / 0.13, abs=0.06)
+    assert float(row.split("|")[-2].split("[")[0]) == pytest.approx(5 / 2, abs=0.06)  # over the run, a straight line
+    assert "A single pair" not in text  # here all seeds agree
+    for line in lines:
+        if line["method"] == "siamese" and line["kind"] == "finetune" and line["seed"] == 0:
+            line["AP"] += 0.03
+    assert re.search(r"varies by 0.[5-9] AP at the end and by 0.0 over the run", transfer_report.report(lines))
     for line in lines:
         if line["method"] == "siamese" and line["kind"] == "pretrain":
             line["iou_gain"] = 0.01
