@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from contextlib import contextmanager
 from datetime import timedelta
@@ -57,6 +58,7 @@ def setup(device_flag="auto", amp=False):
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             common = {"store": _store_of_this_attempt(rank), "rank": rank, "world_size": world}
             dist.init_process_group(backend, timeout=PATIENCE, **common)
+            warnings.filterwarnings("ignore", "Grad strides do not match")  # --amp's 1 x 1 convolutions
     except (RuntimeError, ValueError) as error:
         process = f"process {rank} of {world} on {device}"
         raise ValueError(f"{process}: {sentence(error)}; start by torchrun, a GPU each") from error

@@ -92,7 +92,7 @@ def pictures(out, toy, boxes, pre, runs, points):
     photo = toy / "unlabelled" / cache.paths[0]
     run("views.py", photo, out / "views.png", "--proposals", boxes)
     run("finetune.py", "--predict", toy / "val", "--limit", 6, "--init", runs["pretrained"] / "best.pt",
-        "--threshold", 0.3, "--out", out / "detections")  # fmt: skip
+        "--threshold", 0.2, "--out", out / "detections")  # fmt: skip
     plots.save_proposals(out / "proposals.png", load_image(photo), cache.boxes(0))
     losses, report = ["loss", "l1", "giou", "region", "global"], ["iou_own", "iou_exchanged", "iou_gain", "cos_gain"]
     plots.save_curves(out / "pretrain.png", {"pretrain": pre}, [*losses, *report])

@@ -353,3 +353,15 @@ def test_two_processes_train_as_one(photos, tmp_path):
     for x, y in compared:
         for key in {"loss", "class", "l1", "giou", "region", "global", "grad_norm"} & x.keys():
             assert x[key] == pytest.approx(y[key], rel=1e-4), (x["step"], key)
+
+
+@pytest.mark.slow
+def test_two_processes_under_amp_say_nothing_that_a_user_cannot_act_on(photos, tmp_path):
+    """PyTorch warned that gradients of 1 x 1 convolutions lie otherwise than their buckets, in each process."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "pretrain.py"]
+    flags = ["--data", str(photos), *TINY, "--amp", "--steps", "1", "--out", str(tmp_path / "amp")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    said = subprocess.run(
+        [sys.executable, *torchrun, *flags], env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
+    assert not said.returncode and "UserWarning" not in said.stderr, said.stderr
