@@ -1,14 +1,26 @@
-"""`linear`: float32 matrix products of a CPU by oneDNN, where torch takes MKL.
+"""`linear`: float32 matrix products by oneDNN, where torch takes MKL and the processor is not Intel's.
 
-MKL leaves AVX-512 alone on AMD's processors and so reaches half of oneDNN's speed there (README, Speed). A 1 x 1
-convolution is the same product. On a GPU, in other precisions, under torch.compile and torch.export this is F.linear.
+MKL leaves AVX-512 alone on AMD's processors and so reaches half of oneDNN's speed there; on Intel's it is as fast or
+faster (README, Speed). A 1 x 1 convolution is the same product. On a GPU, in other precisions, under torch.compile and
+torch.export this is F.linear.
 """
+
+import platform
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-INSTEAD_OF_MKL = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+
+def intel(cpuinfo="/proc/cpuinfo"):
+    """Whether the processor is Intel's, as Linux or Windows says; False where neither does."""
+    path = Path(cpuinfo)
+    return "GenuineIntel" in (path.read_text() if path.exists() else platform.processor())
+
+
+CHOICE = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # torch's own is MKL: see `linear`
+INSTEAD_OF_MKL = CHOICE and not intel()
 SMALLEST = 20480  # numbers in x: with fewer torch never takes oneDNN for a convolution
 NARROWEST = 32  # outputs: with fewer nothing is gained
 

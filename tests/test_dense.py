@@ -20,8 +20,9 @@ SHAPES = {"queries": ((2, 100, 256), 256), "six layers": ((6, 2, 100, 256), 91),
 
 
 @pytest.mark.parametrize("shape, outputs", SHAPES.values(), ids=SHAPES)
-def test_linear_and_its_gradients_are_as_exact_as_torchs(shape, outputs):
+def test_linear_and_its_gradients_are_as_exact_as_torchs(shape, outputs, monkeypatch):
     """But the bias's, whose rows oneDNN adds one after the other: half of float32's last digit for each."""
+    monkeypatch.setattr(dense, "INSTEAD_OF_MKL", dense.CHOICE)
     g = torch.Generator().manual_seed(0)
     x, bias = torch.randn(shape, generator=g), torch.randn(outputs, generator=g)
     weight = torch.randn(2 * outputs, shape[-1], generator=g).chunk(2)[1]  # as Attention's share of in_proj_weight
@@ -34,7 +35,8 @@ def test_linear_and_its_gradients_are_as_exact_as_torchs(shape, outputs):
         assert error <= 3 * allowed + rows * 2**-24 * true.abs().max()
 
 
-def test_linear_takes_views_no_rows_no_bias_and_any_precision():
+def test_linear_takes_views_no_rows_no_bias_and_any_precision(monkeypatch):
+    monkeypatch.setattr(dense, "INSTEAD_OF_MKL", dense.CHOICE)
     x, weight = torch.randn(64, 30, 128).transpose(0, 1), torch.randn(64, 128)
     torch.testing.assert_close(linear(x, weight), F.linear(x, weight), atol=1e-4, rtol=1e-4)
     assert linear(x[:0], weight).shape == (0, 64, 64)
@@ -52,10 +54,23 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.skipif(not dense.INSTEAD_OF_MKL, reason="this torch has no MKL or no oneDNN")
+@pytest.mark.parametrize("maker, expected", [("GenuineIntel", True), ("AuthenticAMD", False), (None, False)])
+def test_intels_processors_keep_mkl(maker, expected, tmp_path, monkeypatch):
+    """There oneDNN took 1 to 1.6 times as long as MKL for the products of a step (README, Speed)."""
+    monkeypatch.setattr("platform.processor", lambda: "x86_64")
+    if maker:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {maker}\n")
+    assert dense.intel(tmp_path / "cpuinfo") == expected
+    assert dense.INSTEAD_OF_MKL == (dense.CHOICE and not dense.intel())
+
+
+@pytest.mark.skipif(not dense.CHOICE, reason="this torch has no MKL or no oneDNN")
 @pytest.mark.parametrize("rows, convolutions", [(160, 0), (161, 1)])  # 128 numbers each: 20480 is the limit
-def test_linear_is_onednns_in_one_thread_from_the_size_on_where_torch_allows_it(rows, convolutions, one_thread):
+def test_linear_is_onednns_in_one_thread_from_the_size_on_where_torch_allows_it(
+    rows, convolutions, one_thread, monkeypatch
+):
     """Below that size, and without the dilation, a convolution would be several times slower than F.linear."""
+    monkeypatch.setattr(dense, "INSTEAD_OF_MKL", True)
     x, weight = torch.randn(rows, 128), torch.randn(64, 128)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         linear(x, weight)
@@ -65,6 +80,7 @@ def test_linear_is_onednns_in_one_thread_from_the_size_on_where_torch_allows_it(
     assert not [name for name in names if "slow_conv" in name]
 
 
-def test_linear_is_plain_in_an_exported_graph():
+def test_linear_is_plain_in_an_exported_graph(monkeypatch):
+    monkeypatch.setattr(dense, "INSTEAD_OF_MKL", dense.CHOICE)
     program = torch.export.export(Linear(256, 64), (torch.randn(200, 256),))
     assert [str(node.target) for node in program.graph.nodes if node.op == "call_function"] == ["aten.linear.default"]

@@ -386,7 +386,7 @@ def test_folded_backbone_takes_many_images_a_few_at_a_time(B, monkeypatch):
     assert a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=1e-4 * a.abs().max().item() if B else 0)
 
 
-@pytest.mark.skipif(not dense.INSTEAD_OF_MKL, reason="this torch has no MKL or no oneDNN")
+@pytest.mark.skipif(not dense.CHOICE, reason="this torch has no MKL or no oneDNN")
 @pytest.mark.parametrize("trains", [False, True])
 def test_folded_backbone_takes_onednn_in_one_thread_too(trains):
     """torch's own choice for 1 x 1 convolutions of few images in one thread takes twice as long on some processors."""
