@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 import data
 import finetune
@@ -240,7 +241,8 @@ def publish(lines, runs, root, readme, fill_readme=True):
     text = report(lines)
     drawn = pictures(lines, Path(runs), Path(root) / "docs")
     for path in drawn:
-        shrink(path, 800)
+        if Image.open(path).mode != "P":  # drawn just now
+            shrink(path, 800)
     shown = "\n".join(f"![{path.stem.replace('-', ' ')}]({path.relative_to(root)})" for path in drawn)
     text = f"{text}\n\n{shown}".strip()
     if not fill_readme:
@@ -259,7 +261,7 @@ def filled(readme, text):
 
 
 def pictures(lines, runs, out):
-    """All that the lines allow, and what needs the weights of seed 0 where `runs` has them -> paths."""
+    """All that the lines allow; what needs the weights of seed 0, as long as `runs` lacks some, only once -> paths."""
     drawn, methods = [], main_rows(lines)
     detectors = dict.fromkeys(row.name.rsplit(", ", 1)[0] for row in methods)
     of = {name: {row.name.rsplit(", ", 1)[1]: row for row in methods if row.name.startswith(f"{name}, ")}
@@ -278,12 +280,20 @@ def pictures(lines, runs, out):
         if bars:
             path = out / f"transfer-question{question}.png"
             drawn.append(plots.save_bars(path, bars, "AP minus from scratch, 95 % interval"))
-    looked = {row.name.rsplit(", ", 1)[-1]: runs / line["run"] for q in ("5", "1") for row in rows_of(lines, q)
-              for line in row.pre if line["seed"] == 0 and "--variant conditional" in line["model"]}  # fmt: skip
-    looked = {name: folder for name, folder in looked.items() if (folder / "boxes" / "meta.json").exists()}
-    if looked:
-        drawn.append(save_before(out / "transfer-before.png", looked))
-    return drawn + save_detections(out / "transfer-detections.png", of, runs)
+    columns = {row.name.rsplit(", ", 1)[-1]: runs / line["run"] for q in ("5", "1") for row in rows_of(lines, q)
+               for line in row.pre if line["seed"] == 0 and "--variant conditional" in line["model"]}  # fmt: skip
+    there = {name: folder for name, folder in columns.items() if (folder / "boxes" / "meta.json").exists()}
+    path = out / "transfer-before.png"
+    if there and (len(there) == len(columns) or not path.exists()):  # the weights of some may be on another machine
+        save_before(path, there)
+    drawn += [path] if path.exists() else []
+    weights = {label: max((runs / row.runs[0]["run"]).glob("step-*.pt"), default=None)
+               for label, row in next(iter(of.values()), {}).items()}  # fmt: skip
+    there = {label: file for label, file in weights.items() if file}
+    path = out / "transfer-detections.png"
+    if there and (len(there) == len(weights) or not path.exists()):
+        save_detections(path, there, next(iter(of.values())))
+    return drawn + ([path] if path.exists() else [])
 
 
 def curve(row):
@@ -309,7 +319,7 @@ def save_before(path, folders, photographs=2):
             ax.imshow(seen, cmap="inferno", alpha=0.55, extent=(left, right, bottom, top), interpolation="bilinear")
         plots.draw(ax, box, None)
         ax.set_title(title)
-    return plots.write(fig, path)
+    plots.write(fig, path)
 
 
 def attention(checkpoint, image):
@@ -325,15 +335,10 @@ def attention(checkpoint, image):
     return weights[0, :, score.argmax()].mean(0).reshape(-(-h // stride), -(-w // stride)).numpy()
 
 
-def save_detections(path, of, runs, photographs=2):
-    """The same photographs after fine-tuning, from scratch and pretrained, where seed 0's weights are still there."""
-    weights = {label: max((runs / row.runs[0]["run"]).glob("step-*.pt"), default=None)
-               for label, row in next(iter(of.values()), {}).items()}  # fmt: skip
-    weights = {label: file for label, file in weights.items() if file}
-    if not weights:
-        return []
+def save_detections(path, weights, rows, photographs=2):
+    """The same photographs after fine-tuning, a column each of `weights`, files of seed 0."""
     models = {label: finetune.load_detector(file) for label, file in weights.items()}
-    settings = next(iter(of.values()))[next(iter(weights))].runs[0]["settings"]
+    settings = rows[next(iter(weights))].runs[0]["settings"]
     photos = data.list_images(settings["val"][0])
     images = [data.load_image(photos.root / name) for name in photos.paths[:photographs]]
     fig, axes = plots.panels([np.asarray(im) for im in images for _ in models], columns=len(models))
@@ -344,4 +349,4 @@ def save_detections(path, of, runs, photographs=2):
         boxes = np.array([row[2] for row in found]).reshape(-1, 4)
         plots.draw(ax, boxes, [f"{row[0]} {row[1]:.2f}" for row in found], colours=colours)
         ax.set_title(label if image is images[0] else "")
-    return [plots.write(fig, path)]
+    plots.write(fig, path)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -329,6 +330,33 @@ def test_readme_is_filled_between_its_markers_alone(tmp_path):
     assert transfer_report.filled(once, text) == once
     assert all((tmp_path / name).is_file() for name in re.findall(r"\]\((docs/[^)]+)\)", text))
     assert "\nold\n" not in once
+
+
+def test_pictures_of_all_methods_stay_where_the_weights_of_some_are_elsewhere(tmp_path, monkeypatch):
+    """A study that goes on on another machine has the results of all runs there, but the weights of its own alone."""
+    lines, docs, runs = stored(pre=1, seeds=1), tmp_path / "docs", tmp_path / "runs"
+    for name in ("save_before", "save_detections"):
+        draw = lambda path, columns, *rest: path.write_text(",".join(columns))  # noqa: E731
+        monkeypatch.setattr(transfer_report, name, draw)
+
+    def pictures(*methods):
+        for line in lines:
+            if line["method"] in methods and "--variant conditional" in line["model"]:
+                (runs / line["run"] / "boxes").mkdir(parents=True, exist_ok=True)
+                for name in ("boxes/meta.json", "step-1.pt"):
+                    (runs / line["run"] / name).touch()
+        drawn = [path.stem.split("-")[1] for path in transfer_report.pictures(lines, runs, docs)]
+        return [(docs / f"transfer-{name}.png").read_text() if name in drawn else None
+                for name in ("before", "detections")]  # fmt: skip
+
+    assert pictures() == [None, None]
+    assert pictures("siamese") == ["untrained,Siamese DETR", "Siamese DETR"]  # better than none
+    for name in ("before", "detections"):
+        (docs / f"transfer-{name}.png").write_text("all, drawn elsewhere")
+    assert pictures("detreg", "updetr") == ["untrained,UP-DETR,DETReg,Siamese DETR", "all, drawn elsewhere"]
+    assert pictures("scratch")[1] == "from scratch,UP-DETR,DETReg,Siamese DETR"
+    shutil.rmtree(runs)
+    assert pictures() == ["untrained,UP-DETR,DETReg,Siamese DETR", "from scratch,UP-DETR,DETReg,Siamese DETR"]
 
 
 def test_readme_and_stored_results_agree():
