@@ -113,7 +113,7 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="of class head, order of images, augmentation, dropout (default 0)")
     add("--log-every", type=int, default=50, help="steps (default 50)")
     add("--eval-every", type=int, default=1, help="epochs (default 1); the last epoch is always evaluated")
-    add("--save-every", type=int, default=1, help="epochs (default 1); the newest two checkpoints and best.pt stay")
+    add("--save-every", type=int, default=1, help="epochs (default 1), and before an evaluation; the newest two and best.pt stay")
     add("--keep-every", type=int, help="epochs; the weights of these stay as epoch-NNNN.pt")
     args = p.parse_args(argv)
     look = args.eval_only or args.predict
@@ -196,11 +196,14 @@ def train(args, run, stop):
         runtime.check_settings(saved["settings"], settings, RUN_ONLY)
         optimizer.load_state_dict(saved["optimizer"])
         start, best = saved["step"], saved["best"]
-        if start >= steps:
-            also = f"raise --epochs, with --drop-epoch {args.drop_epoch} as it was"
-            print(f"{args.out} is finished, {start} of {steps} steps: {also}, or choose another --out")
-            return 0
     log, out = runtime.Log(args.out, run.rank, start), Path(args.out)
+    rows = plots.read_log(out) if run.rank == 0 else []
+    ap = [float(row["AP"]) for row in rows if row.get("step") == start and "AP" in row]
+    best, looked = max([best, *ap]), bool(runtime.sum_over_ranks(torch.tensor(len(ap))))
+    if start >= steps and looked:
+        also = f"raise --epochs, with --drop-epoch {args.drop_epoch} as it was"
+        print(f"{args.out} is finished, {start} of {steps} steps: {also}, or choose another --out")
+        return 0
     if start == 0:
         log.write(step=0, settings=settings, images=n, val_images=len(val), steps=steps,
                   parameters=sum(p.numel() for p in parameters), commit=runtime.commit())  # fmt: skip
@@ -209,11 +212,28 @@ def train(args, run, stop):
         meta = {"variant": args.variant, "build": detector.settings, "classes": classes, "resolution": args.resolution}
         return {"model": detector.state_dict(), "step": done, "settings": settings, "meta": meta, **more}
 
+    def due(step):
+        return step in epoch_end and (epoch_end[step] % args.eval_every == 0 or step == steps)
+
+    def validate():
+        """AP of --val after step `done`, and best.pt -> on rank 0 all numbers and a table by class; else None."""
+        nonlocal best
+        results = detect_all(detector, val, classes, run, args)
+        if run.rank == 0:
+            found, per_class = evaluate(val.annotations, results, args.metric, args.difficult)
+            if found["AP"] > best:
+                best = found["AP"]
+                runtime.write_checkpoint(out / "best.pt", state())
+            log.write(step=done, epoch=epoch_end[done], **found)  # the last thing: a run that lacks it looks again
+            return found, per_class
+        return None
+
     # --- the loop
     net = DistributedDataParallel(detector, broadcast_buffers=False) if run.world > 1 else detector
     sampler = runtime.StepSampler(n, batch_size, args.micro_batch, run.rank, run.world, args.seed, start, steps)
     loader = iter(runtime.make_loader(train_set, sampler, data.collate_detections, args.workers, run.device))
     window, done = [], start  # of one log line; steps done
+    metrics = validate() if due(start) and not looked else None
     for step in tqdm(range(start, steps), "finetune", initial=start, total=steps, disable=run.rank > 0):
         began = time.time()
         runtime.seed_step(args.seed, step, run.rank)
@@ -239,24 +259,18 @@ def train(args, run, stop):
             values |= {"lr": optimizer.param_groups[0]["lr"], "images_per_s": batch_size / values.pop("seconds")}
             log.write(step=done, epoch=done * batch_size / n, **values)
             window.clear()
-        if epoch and (epoch % args.eval_every == 0 or done == steps):
-            results = detect_all(detector, val, classes, run, args)
-            if run.rank == 0:
-                metrics, per_class = evaluate(val.annotations, results, args.metric, args.difficult)
-                log.write(step=done, epoch=epoch, **metrics)
-                if metrics["AP"] > best:
-                    best = metrics["AP"]
-                    runtime.write_checkpoint(out / "best.pt", state())
         if epoch and args.keep_every and epoch % args.keep_every == 0 and run.rank == 0:
             runtime.write_checkpoint(out / f"epoch-{epoch:04d}.pt", state())
-        if (epoch and epoch % args.save_every == 0) or done == steps or asked:
+        if due(done) or (epoch and epoch % args.save_every == 0) or asked:  # before an evaluation, which may be killed
             runtime.save_checkpoint(out, done, state(optimizer=optimizer.state_dict(), best=best))
-        if asked and done < steps:
+        if asked:
             print(f"stopped by a signal after step {done}, state saved; the same command goes on")
             return runtime.STOPPED
+        if due(done):
+            metrics = validate()
     if run.rank == 0:
-        print(table(metrics, per_class))
-        plots.save_curves(out / "curves.png", {out.name: plots.read_log(out)}, ["loss", *terms, "AP", "AP50"])
+        print(table(*metrics))
+        plots.save_curves(out / "curves.png", {out.name: plots.read_log(out)}, ["loss", *weights, "AP", "AP50"])
     return 0
 
 
