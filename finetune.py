@@ -113,7 +113,7 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="of class head, order of images, augmentation, dropout (default 0)")
     add("--log-every", type=int, default=50, help="steps (default 50)")
     add("--eval-every", type=int, default=1, help="epochs (default 1); the last epoch is always evaluated")
-    add("--save-every", type=int, default=1, help="epochs (default 1), and before an evaluation; the newest two and best.pt stay")
+    add("--save-every", type=int, default=1, help="epochs (default 1), and each evaluation; two and best.pt are kept")
     add("--keep-every", type=int, help="epochs; the weights of these stay as epoch-NNNN.pt")
     args = p.parse_args(argv)
     look = args.eval_only or args.predict
