@@ -308,39 +308,6 @@ def test_resume_equals_uninterrupted(toy, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("end", ["kill", "signal"])
 @pytest.mark.parametrize("epoch", [1, 2, 3])
-def test_a_run_that_ends_in_an_evaluation_or_is_asked_to_before_it_goes_on_there(
-    toy, tmp_path, monkeypatch, epoch, end
-):
-    """A cluster may kill within seconds, and an evaluation takes minutes: it comes after the checkpoint."""
-    more, evaluations, steps = "--epochs 3 --save-every 3", [], []
-    run(toy, tmp_path / "whole", more)
-    detect_all, backward = finetune.detect_all, finetune.backward
-    with monkeypatch.context() as patch:
-        if end == "kill":  # KeyboardInterrupt: nothing of ours runs after it
-            looks = lambda *args: detect_all(*args) if evaluations.append(0) or len(evaluations) < epoch else 1 / 0  # noqa: E731
-            patch.setattr(finetune, "detect_all", looks)
-            with pytest.raises(ZeroDivisionError):
-                run(toy, tmp_path / "parts", more)
-        else:
-            asked = iter([False] * (2 * epoch - 1) + [True])
-            patch.setattr(runtime, "stop_on_signals", lambda: contextlib.nullcontext(lambda: next(asked)))
-            run(toy, tmp_path / "parts", more, code=runtime.STOPPED)
-    assert len(logged(tmp_path / "parts", "AP")) == epoch - 1
-    monkeypatch.setattr(finetune, "detect_all", lambda *args: (evaluations.append(1), detect_all(*args))[1])
-    monkeypatch.setattr(finetune, "backward", lambda *args: (steps.append(1), backward(*args))[1])
-    run(toy, tmp_path / "parts", more)
-    assert len(steps) == 2 * (3 - epoch) and sum(evaluations) == 3 - epoch + 1
-    for key in ("step", "loss", "AP"):
-        assert logged(tmp_path / "whole", key) == logged(tmp_path / "parts", key)
-    for name in ("best.pt", "step-00000006.pt"):
-        whole, parts = (runtime.read_checkpoint(tmp_path / folder / name) for folder in ("whole", "parts"))
-        assert whole["step"] == parts["step"] and whole.get("best") == parts.get("best")
-        assert all(torch.equal(whole["model"][key], parts["model"][key]) for key in whole["model"])
-    assert (tmp_path / "parts" / "curves.png").exists()
-
-
-@pytest.mark.parametrize("end", ["kill", "signal"])
-@pytest.mark.parametrize("epoch", [1, 2, 3])
 def test_a_run_that_ends_in_an_evaluation_or_just_before_goes_on_with_it(toy, tmp_path, monkeypatch, epoch, end):
     """A cluster may kill within seconds, and an evaluation takes minutes: it comes after the checkpoint."""
     more, evaluations, steps = "--epochs 3 --save-every 3", [], []
