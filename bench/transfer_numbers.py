@@ -114,7 +114,7 @@ def minus(a, b, scratch=False):
 
 
 def interval(found, draws=DRAWS, seed=0):
-    """(mean, low, high) of `cells`: 95 % bootstrap interval, clustered on the pretraining seed; None of one run.
+    """(mean, low, high) of `cells`: 95 % interval by a crossed bootstrap of both seeds; None of fewer than three runs.
 
     Pretraining and fine-tuning seeds are drawn with replacement, each kind by itself: all runs of a pretraining go
     together, and so do all of a fine-tuning seed, which the rows share. A count w becomes 1 + (w - 1) sqrt(n / (n - 1))
@@ -126,7 +126,7 @@ def interval(found, draws=DRAWS, seed=0):
     if not seeds:
         pre, seeds = pre[:1], sorted(s for p, s in found if p == pre[0])
     x = np.array([[found[p, s] for s in seeds] for p in pre])  # (P, S)
-    if x.size < 2:
+    if x.size < 3:
         return (float(x.mean()) if x.size else float("nan")), None, None
     g = np.random.default_rng(seed)
     rows, columns = (resampled(g, n, draws) for n in x.shape)

@@ -17,6 +17,7 @@ class Arm(NamedTuple):
     tune: bool = True
     fraction: float = 1.0  # of the labelled images; the epochs grow by as much, so that the steps stay
     longer: int = 1  # times the epochs, at the same rate
+    rate: str | None = None  # of fine-tuning, instead of the chosen one
 
 
 # One recipe a method: the regions are those of its paper; --match group where a method asks about regions, because
@@ -38,6 +39,7 @@ def both(name, model, **more):
 
 STUDY = {  # question: ((pretraining seeds, fine-tuning seeds), {row: Arm}); a run that several rows share is made once
     "1": ((2, 5), {f"Conditional, {name}": Arm(CONDITIONAL, pre) for name, pre in METHODS.items()}),
+    "1r": ((1, 5), {"Conditional, from scratch at 5e-4": Arm(CONDITIONAL, rate="5e-4")}),
     "1l": ((1, 2), both("Conditional, four times as long", CONDITIONAL, longer=4)),
     "1m": ((2, 3), {f"Deformable-MS, {name}": Arm(MULTI_SCALE, pre) for name, pre in METHODS.items()}),
     "1b": ((1, 3), both("Vanilla", CONDITIONAL.replace("conditional", "vanilla"))
@@ -109,7 +111,7 @@ def plan(args, rates, tune=False):
     chosen = [(q, row, arm, args.seeds or STUDY[q][0]) for q in args.questions for row, arm in STUDY[q][1].items()
               if any(word in row for word in args.arms)]  # fmt: skip
     if tune:  # rows of one detector, method and share of the labels have one rate
-        one = {rate_key(arm): (q, row, arm, (1, 1)) for q, row, arm, _ in reversed(chosen) if arm.tune}
+        one = {rate_key(arm): (q, row, arm, (1, 1)) for q, row, arm, _ in reversed(chosen) if arm.tune and not arm.rate}
         chosen = list(reversed(one.values()))
     for seed in range(max([seeds[1] for *_, seeds in chosen], default=0)):
         for pre_seed in range(max(seeds[0] for *_, seeds in chosen)):
@@ -133,12 +135,12 @@ def method(arm):
 
 
 def rate_key(arm):
-    return f"{method(arm)} {arm.model} {arm.fraction}"
+    return f"{method(arm)} {arm.model} {arm.fraction}" + (f" {arm.rate}" if arm.rate else "")
 
 
 def rate_of(arm, rates):
-    """The arm's own rate of --tune, else that of its method on Conditional, else 3e-4."""
-    return rates.get(rate_key(arm)) or rates.get(rate_key(Arm(CONDITIONAL, arm.pre)), "3e-4")
+    """The rate that the arm asks for, else its own of --tune, else that of its method on Conditional, else 3e-4."""
+    return arm.rate or rates.get(rate_key(arm)) or rates.get(rate_key(Arm(CONDITIONAL, arm.pre)), "3e-4")
 
 
 def pretraining(args, arm, seed):

@@ -74,6 +74,7 @@ def test_interval_of_a_study_that_was_cut_off_takes_what_all_pretrainings_have()
     x = simulated(np.random.default_rng(3), 2, 3, 0.5, 0.5)
     assert numbers.interval({**x, (0, 3): 99.0}) == numbers.interval(x)
     assert numbers.interval({(0, 0): 2.0}) == (2.0, None, None)
+    assert numbers.interval({(0, 0): 1.0, (0, 1): 3.0}) == (2.0, None, None)  # it would hold the truth in three of five
     assert numbers.interval({(0, 0): 2.0, (1, 1): 5.0})[0] == 2.0  # no seed in common: the first pretraining
 
 
@@ -319,6 +320,22 @@ def test_report_takes_the_runs_of_the_tuned_rate_and_refuses_two_runs_of_a_seed(
     rates = [{**scratch, "run": rate, "kind": "rate", "lr": rate, "AP": ap, "rows": [["1", "x"]]}
              for rate, ap in (("1e-4", 0.1), ("3e-4", 0.2), ("5e-4", 0.1))]  # fmt: skip
     assert transfer_report.report([*lines, old, *rates]).count("| 21.0 |") > 0
+
+
+def test_a_row_at_a_rate_of_its_own_is_held_against_scratch_and_pretrained_rows_and_is_no_ones_scratch():
+    lines, args = stored(), settings("--questions", "1r", "--seeds", "1", "3")
+    before = transfer_report.report(lines)
+    assert "from scratch at" not in before
+    scratch = {line["seed"]: line for line in lines if line["method"] == "scratch" and "conditional" in line["model"]}
+    runs, rows = study.plan(args, {study.rate_key(study.Arm(study.CONDITIONAL)): "3e-4"})
+    assert [run.rate for run in runs] == ["5e-4"] * 3 and not {run.name for run in runs} & {x["run"] for x in lines}
+    more = [{**scratch[run.seed], "run": run.name, "rows": rows[run.name], "key": study.rate_key(run.arm),
+             "lr": run.rate, "AP": scratch[run.seed]["AP"] + 0.02} for run in runs]  # fmt: skip
+    text = transfer_report.report([*lines, *more])
+    assert "| Conditional, from scratch at 5e-4 | - x 3 | 5e-4 | 23.0 |" in text and "| +2.0 [+2.0, +2.0] |" in text
+    assert "Siamese DETR minus Conditional, from scratch at 5e-4: AP +3.0 [" in text
+    assert all(line in text for line in before.splitlines() if line.startswith("| Conditional, Siamese"))
+    assert study.plan(args, {}, tune=True)[0] == []  # its rate is given
 
 
 def test_readme_is_filled_between_its_markers_alone(tmp_path):
