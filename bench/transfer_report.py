@@ -44,8 +44,9 @@ class Row:
         self.name, self.pre = name, [line for line in own if line["kind"] == "pretrain"]
         self.runs = [r for r in own if r["kind"] == "finetune" and r["lr"] == best.get(r["key"], r["lr"])]
         self.method = own[0]["method"]
-        key = f"scratch {own[0]['model']} {own[0]['fraction']}"
-        self.gains = self.method != "scratch" or own[0]["key"] != key  # it is held against from scratch
+        first = (self.runs or own)[0]  # rows of other fractions may share the pretraining
+        key = f"scratch {first['model']} {first['fraction']}"
+        self.gains = self.method != "scratch" or first["key"] != key  # it is held against from scratch
         self.scratch = [r for r in lines if self.runs and r["kind"] == "finetune" and r["key"] == key
                         and r["lr"] == best.get(key, r["lr"]) and r["length"] == self.runs[0]["length"]]  # fmt: skip
 

@@ -338,6 +338,23 @@ def test_a_row_at_a_rate_of_its_own_is_held_against_scratch_and_pretrained_rows_
     assert study.plan(args, {}, tune=True)[0] == []  # its rate is given
 
 
+def test_rows_of_fewer_labels_are_held_against_scratch_on_as_many_whoever_made_their_pretraining():
+    lines, (runs, rows) = stored(), study.plan(settings("--questions", "1", "1b", "--seeds", "1", "1"), {})
+    known = {line["run"]: line for line in lines}
+    like = {line["method"]: line for line in lines if line["kind"] == "finetune" and line["seed"] == 0}
+    for run in [run for run in runs if any("labels" in row for _, row in rows[run.name])]:
+        if run.name in known:
+            known[run.name]["rows"] += rows[run.name]
+        else:
+            line = {**like[study.method(run.arm)], "run": run.name, "rows": rows[run.name], "lr": run.rate}
+            line |= {"key": study.rate_key(run.arm), "fraction": run.arm.fraction, "length": study.length(run.flags)}
+            lines.append({**line, "seed": run.seed, "pre_seed": run.pre_seed, "AP": line["AP"] - run.arm.fraction / 10})
+    text = transfer_report.report(lines)
+    for share in ("30", "10"):
+        row = next(line for line in text.splitlines() if line.startswith(f"| {share} % of the labels, Siamese DETR"))
+        assert row.split("|")[7].strip() == "+5.1"  # 5, and what its pretraining gives
+
+
 def test_readme_is_filled_between_its_markers_alone(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{transfer_report.BEGIN}\nold\n{transfer_report.END}\nafter\n")
