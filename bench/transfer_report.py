@@ -294,7 +294,7 @@ def pictures(lines, runs, out):
     for question in TITLES:
         bars = {row.name: row.gain(metric("AP")) for row in rows_of(lines, question) if row.runs and row.gains}
         bars = {name: bar for name, bar in bars.items() if bar}
-        if bars:
+        if len(bars) > 1:
             path = out / f"transfer-question{question}.png"
             drawn.append(plots.save_bars(path, bars, "AP minus from scratch, 95 % interval"))
     columns = {row.name.rsplit(", ", 1)[-1]: runs / line["run"] for q in ("5", "1") for row in rows_of(lines, q)
