@@ -311,6 +311,18 @@ def test_report_of_a_study_that_was_cut_off_is_written_all_the_same(cut, tmp_pat
         assert matplotlib.image.imread(path).std() > 0
 
 
+def test_report_says_what_its_runs_cost_and_would_have_cost_at_the_pace_of_the_fastest_like_them():
+    lines = stored()
+    alike = [line for line in lines if line["key"] == lines[0]["key"] and line["kind"] == "finetune"]
+    others = (len(lines) - len(alike)) / 60
+    for hours, line in enumerate(alike, start=1):
+        line["cpu_seconds"] = 3600 * hours
+    assert transfer_report.hours_of_the_fastest(lines) == pytest.approx(len(alike) + others)
+    assert f"{sum(range(1, len(alike) + 1)) + others:.1f} CPU-hours" in transfer_report.report(lines)
+    alike[0]["length"] = [99, 0]  # a run of another length is not like them
+    assert transfer_report.hours_of_the_fastest(lines) == pytest.approx(1 + 2 * (len(alike) - 1) + others)
+
+
 def test_report_takes_the_runs_of_the_tuned_rate_and_refuses_two_runs_of_a_seed():
     lines = stored()
     scratch = next(line for line in lines if line["method"] == "scratch")
