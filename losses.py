@@ -49,10 +49,7 @@ def pretext_losses(net, answer, batch, how="hungarian", num_boxes=None):
         raise ValueError(f"matching {how!r}: choose hungarian or group")
     pred, boxes, valid = answer.pred, batch.boxes.flatten(0, 1), batch.valid.flatten(0, 1)  # (V*B, R, 4), (V*B, R)
     R, num_boxes = valid.shape[1], valid.numel() if num_boxes is None else num_boxes
-    labels = torch.full_like(valid, net.other, dtype=torch.long)
-    if batch.labels is not None:
-        pseudo = batch.labels.flatten(0, 1)
-        labels = torch.where(pseudo >= 0, net.first + pseudo, labels)
+    labels = region_labels(net, batch)
     kind = {"softmax": net.softmax, "cost_class": net.cost_class}
     found = (match if how == "hungarian" else match_groups)(pred.logits, pred.boxes, labels, boxes, valid, **kind)
     terms = detection_losses(pred.logits, pred.boxes, found, labels, boxes, softmax=net.softmax, num_boxes=num_boxes)
@@ -70,6 +67,14 @@ def pretext_losses(net, answer, batch, how="hungarian", num_boxes=None):
         return terms, None
     own = found.query[-1] // (pred.boxes.shape[2] // R) == torch.arange(R, device=valid.device)
     return terms, (own & found.matched[-1]).sum() / found.matched[-1].sum()
+
+
+def region_labels(net, batch):
+    """The class that each region is trained as, (V*B, R): its pseudo-class, or where it has none all others'."""
+    labels = torch.full_like(batch.valid, net.other, dtype=torch.long)
+    if batch.labels is not None:
+        labels = torch.where(batch.labels >= 0, net.first + batch.labels, labels)
+    return labels.flatten(0, 1)
 
 
 @torch.no_grad()

@@ -188,17 +188,18 @@ def pretrain(args, run, stop):
     # --- resume
     settings, start = {**vars(args), "photographs of --data": fingerprint(train_set.paths)}, 0
     if found:
-        _, saved = found
+        saved, start = found[1], found[1]["step"]
         runtime.check_settings(saved["settings"], settings, ignore=RUN_ONLY)
         net.load_state_dict({**{f"detector.{k}": v for k, v in saved["model"].items()}, **saved["pretext"]})
         optimizer.load_state_dict(saved["optimizer"])
-        start = saved["step"]
-        if start >= args.steps:
-            print(f"{args.out}: this run is finished, {start} of {args.steps} steps; choose another --out")
-            return 0
+    log = runtime.Log(args.out, run.rank, start)
+    rows = plots.read_log(args.out) if start and run.rank == 0 else []
+    looked = runtime.sum_over_ranks(torch.tensor(sum("iou_own" in row and row.get("step") == start for row in rows)))
+    if start >= args.steps and looked:
+        print(f"{args.out}: this run is finished, {start} of {args.steps} steps; choose another --out")
+        return 0
     net.detector.fold_backbone(torch.bfloat16 if args.amp else torch.float32, args.compile)
     model = DistributedDataParallel(net) if run.world > 1 else net
-    log = runtime.Log(args.out, run.rank, start)
     if not start:
         log.write(step=0, settings=settings, weights=weights, commit=runtime.commit(), photographs=len(train_set),
                   held_out=len(held_out), parameters=sum(p.numel() for p in parameters))  # fmt: skip
@@ -209,15 +210,17 @@ def pretrain(args, run, stop):
         return {"model": net.detector.state_dict(), "pretext": pretext, "optimizer": optimizer.state_dict(),
                 "step": step, "settings": settings, "meta": meta}  # fmt: skip
 
-    report = {}  # the newest
-
-    def save(step):
-        runtime.save_checkpoint(args.out, step, state(step), args.keep_every)
+    def look(step):
+        """Rank 0's report, in the log after its picture; at the end the curves."""
         if run.rank == 0:
-            picture = Path(args.out) / f"regions-{step:08d}.png"
-            report.update(region_report(net, held_out, run.device, picture))
+            report = region_report(net, held_out, run.device, Path(args.out) / f"regions-{step:08d}.png")
             log.write(step=step, **report)
+            if step >= args.steps:
+                keys = ["loss", *weights, *(key for key in ("iou_own", "iou_gain", "cos_gain") if key in report)]
+                plots.save_curves(Path(args.out) / "curves.png", {Path(args.out).name: plots.read_log(args.out)}, keys)
 
+    if start and not looked:  # killed in that report
+        look(start)
     sampler = runtime.StepSampler(len(train_set), args.batch_size, args.micro_batch, run.rank, run.world, args.seed,
                                   start, args.steps)  # fmt: skip
     loader = iter(runtime.make_loader(train_set, sampler, collate_views, args.workers, run.device))
@@ -232,9 +235,7 @@ def pretrain(args, run, stop):
         regions = runtime.sum_over_ranks(sum(batch.valid.sum() for batch in batches))  # one normaliser for the step
         num_boxes = regions.clamp(min=1) / (run.world * sampler.accumulate)
         for batch in batches:
-            last = batch is batches[-1]
-            if run.world > 1:
-                model.require_backward_grad_sync = last  # accumulate without talking
+            model.require_backward_grad_sync = batch is batches[-1]  # ranks talk once a step (read by DDP)
             with torch.autocast(run.device.type, torch.bfloat16, enabled=args.amp):
                 answer = model(*inputs(batch))
             terms, own_group = losses.pretext_losses(net, answer, batch, args.match, num_boxes)  # Eq. (9)-(12)
@@ -259,13 +260,11 @@ def pretrain(args, run, stop):
         asked = stop()
         due = any((step + 1) % every == 0 for every in (args.save_every, args.keep_every) if every)
         if due or step + 1 == args.steps or asked:
-            save(step + 1)
+            runtime.save_checkpoint(args.out, step + 1, state(step + 1), args.keep_every)
+            look(step + 1)
         if asked and step + 1 < args.steps:
             print(f"stopped by a signal after step {step + 1}, state saved; the same command goes on")
             return runtime.STOPPED
-    if run.rank == 0:
-        keys = ["loss", *terms, *(key for key in ("iou_own", "iou_gain", "cos_gain") if key in report)]
-        plots.save_curves(Path(args.out) / "curves.png", {Path(args.out).name: plots.read_log(args.out)}, keys)
     return 0
 
 
@@ -352,6 +351,9 @@ def build_net(args, run, resumed=False):
                               enc_layers=args.enc_layers, dec_layers=args.dec_layers, **optional)  # fmt: skip
     if args.match == "group" and args.method == "detreg":
         raise ValueError("--match group: DETReg's queries belong to no region; choose hungarian")
+    if args.num_regions > detector.num_queries:
+        raise ValueError(f"--num-regions {args.num_regions} is more than --num-queries {detector.num_queries}: a query "
+                         "finds one region at most, ask for fewer")  # fmt: skip
     if args.compat:
         detector.row = replace(detector.row, offset=0.0)  # Deformable's positions in pretraining
     clusters = int(read_classes(args.pseudo_classes).max()) + 1 if args.pseudo_classes else 0
@@ -359,10 +361,12 @@ def build_net(args, run, resumed=False):
                                args.centre_features, clusters, args.decoder_consistency,
                                plain_mean=args.compat is not None)  # fmt: skip
     messages = []
+    if args.region_stride and args.method != "siamese" and args.region_target != "roi":
+        messages.append(f"--region-stride {args.region_stride} changes nothing: {args.method} reads no RoIs of a map")
     if args.init and not resumed:
-        messages = load_detector(detector, args.init)
+        messages += load_detector(detector, args.init)
     elif args.backbone_weights != "random" and not resumed:
-        messages = load_backbone(detector, args.backbone_weights)
+        messages += load_backbone(detector, args.backbone_weights)
     if run.rank == 0:
         print("\n".join(messages))
     return net.to(run.device).train()
@@ -382,6 +386,7 @@ def region_report(net, dataset, device, picture=None):
     iou_own: a region's own queries (their best-scored box) against the region; iou_exchanged: the same after the
     regions' z were exchanged within the image; iou_fixed: the mean box of that slot, blind to the image.
     cos_own, cos_other: predicted feature against that of its region and of the image's other regions.
+    Copies count as others: with one proposal for ten regions, or five, the gains are too small.
     own_group: matched queries that belong to the region's own group (chance 1 / R).
     iou_gain, cos_gain: the paired differences, and the half-widths of their 95 % intervals over photographs.
     DETReg asks nothing: iou_own and cos_own are those of the matched query, and nothing is exchanged.
@@ -393,9 +398,8 @@ def region_report(net, dataset, device, picture=None):
         ctx, z, p = net.prepare(*inputs(batch))
         boxes, valid = batch.boxes.flatten(0, 1), batch.valid.flatten(0, 1)  # (V*B, R, 4), (V*B, R)
         pred, R = net.look(ctx, z), boxes.shape[1]
-        labels = torch.full(boxes.shape[:2], net.other, device=device)
         kind = {"softmax": net.softmax, "cost_class": net.cost_class}
-        found = losses.match(pred.logits[-1:], pred.boxes[-1:], labels, boxes, valid, **kind)
+        found = losses.match(pred.logits[-1:], pred.boxes[-1:], losses.region_labels(net, batch), boxes, valid, **kind)
         box, q_hat = (losses.take_matched(x[-1:], found)[0] for x in (pred.boxes, pred.q_hat))
         if net.asks:
             box, q_hat = best_of_group(net, pred, R)
@@ -421,8 +425,7 @@ def region_report(net, dataset, device, picture=None):
     true = table.pop("box")
     table["iou_fixed"] = paired_iou(true.nanmean(0).expand_as(true), true)
     report = {k: v.nanmean().item() for k, v in table.items()}
-    pairs = {"iou_gain": ("iou_own", "iou_exchanged"), "cos_gain": ("cos_own", "cos_other")}
-    for name, (a, b) in pairs.items():
+    for name, a, b in (("iou_gain", "iou_own", "iou_exchanged"), ("cos_gain", "cos_own", "cos_other")):
         if a in table and b in table:
             gain = (table[a] - table[b]).nanmean(1)  # (photographs,)
             gain = gain[~gain.isnan()]

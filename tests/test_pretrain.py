@@ -92,6 +92,31 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(photos, tmp_path, c
     assert pretrain(photos, parts, "--tau", "0.7") == 2 and "--tau was 0.5, is 0.7" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("nth", [1, 2])
+def test_run_killed_in_a_report_makes_it_when_it_goes_on(photos, tmp_path, monkeypatch, capsys, nth):
+    """The report of many photographs takes a while, and a cluster may kill within seconds."""
+    whole, parts, reports = tmp_path / "whole", tmp_path / "parts", []
+    assert pretrain(photos, whole) == 0
+
+    def killed(*args):
+        reports.append(0)
+        if len(reports) == nth:
+            raise KeyboardInterrupt  # nothing of ours runs after it
+        return region_report(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pretrain.region_report", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(photos, parts)
+    assert pretrain(photos, parts) == 0
+    rows = [[{k: v for k, v in row.items() if k != "images_per_s"} for row in log(out)[1:]] for out in (whole, parts)]
+    assert rows[0] == rows[1] and same(weights(whole), weights(parts))
+    for name in ("regions-00000003.png", "regions-00000006.png", "curves.png"):
+        assert (parts / name).stat().st_size > 10_000
+    capsys.readouterr()
+    assert pretrain(photos, parts) == 0 and "finished" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--augment-on", "device"], ["--compile"]], ids=lambda flags: flags[0])
 def test_resumed_run_with_other_ways_of_computing_equals_an_uninterrupted_one(photos, tmp_path, flags):
@@ -194,6 +219,26 @@ def test_report_sees_regions_used_and_ignored(photos):
     assert deaf["iou_gain"] == 0 and deaf["iou_own"] < good["iou_own"]
 
 
+def test_report_matches_pseudo_classes_as_training_does(photos, monkeypatch):
+    args, labels = parse_args(["--data", str(photos), "--out", "unused", *TINY, "--method", "detreg"]), []
+    net, batch = tiny_net(args), batch_of(args, 2)
+    net.pseudo_classes = 1
+    net.make_heads(False, False)
+    batch = batch._replace(labels=torch.tensor([[[0, -1, 0], [-1, 0, 0]]]))
+    match = losses.match
+    monkeypatch.setattr("losses.match", lambda *args, **kind: labels.append(args[2]) or match(*args, **kind))
+    losses.pretext_losses(net, net(*inputs(batch)), batch)
+    monkeypatch.setattr("pretrain.collate_views", lambda items: batch)
+    region_report(net, {(0, 0): None}, "cpu")
+    assert labels[0].tolist() == labels[1].tolist() == [[0, 1, 0], [1, 0, 0]]
+
+
+def test_stride_of_regions_that_nobody_reads_is_named(photos, capsys):
+    for method, read in (("siamese", True), ("updetr", False), ("detreg", False)):
+        tiny_net(parse_args(["--data", "x", "--out", "y", *TINY, "--method", method, "--region-stride", "16"]))
+        assert ("--region-stride 16 changes nothing" in capsys.readouterr().out) != read
+
+
 def test_best_query_of_a_group_and_paired_iou():
     logits = torch.zeros(1, 1, 4, 3)
     logits[0, 0, [1, 2], 1] = 3.0
@@ -232,6 +277,7 @@ def test_recipes_are_the_published_ones():
         (["--micro-batch", "3"], "batch"),
         (["--hidden-dim", "40"], "--hidden-dim 40"),
         (["--micro-batch", "1"], "--micro-batch"),
+        (["--method", "detreg", "--num-regions", "7"], "--num-regions 7 is more than --num-queries 6"),
     ],
 )
 def test_bad_settings_end_with_one_sentence(photos, tmp_path, capsys, flags, message):
@@ -284,7 +330,8 @@ def test_resumed_run_needs_no_file_of_backbone_weights(photos, tmp_path, capsys)
 def test_flag_that_would_do_nothing_is_refused_by_name(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse_args(["--data", "x", "--out", "y", *flags.split()])
-    assert stopped.value.code == 2 and flags.split()[-2 if flags[-1] in "0123456ab" else -1] in capsys.readouterr().err
+    named = flags.split()[-2 if flags[-1] in "0123456ab" else -1]
+    assert stopped.value.code == 2 and named in capsys.readouterr().err.splitlines()[-1]  # usage: all flags
 
 
 def test_gradient_norm_in_the_log_is_the_mean_since_the_last_line(photos, tmp_path):
