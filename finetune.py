@@ -200,7 +200,7 @@ def train(args, run, stop):
     rows = plots.read_log(out) if run.rank == 0 else []
     ap = [float(row["AP"]) for row in rows if row.get("step") == start and "AP" in row]
     best, looked = max([best, *ap]), bool(runtime.sum_over_ranks(torch.tensor(len(ap))))
-    if start >= steps and looked:
+    if start > steps or (start == steps and looked):
         also = f"raise --epochs, with --drop-epoch {args.drop_epoch} as it was"
         print(f"{args.out} is finished, {start} of {steps} steps: {also}, or choose another --out")
         return 0
@@ -384,7 +384,7 @@ def evaluated(args, classes):
     """
     found, number = labelled(args, args.val, "test"), {name: k for k, name in classes}
     if all(data.is_voc(Path(path)) for path in args.val):
-        found = found._replace(categories=[(number.get(name, k), name) for k, name in found.categories])
+        found = found._replace(categories=[(number.get(name, name), name) for _, name in found.categories])
     for k, name in found.categories:
         if dict(map(tuple, classes)).get(k) not in (name, str(k)):
             have = convert.few([f"{k} ({v})" for k, v in classes])

@@ -408,6 +408,21 @@ def test_voc_roots_of_other_classes_are_matched_by_name_and_jsons_are_told_the_n
     assert f"number it {ids[f'my {data.VOC_CLASSES[1]}']} there" in error
 
 
+def test_voc_roots_are_not_taken_by_position_where_the_detector_names_no_classes(toy, tmp_path):
+    write_voc(tmp_path, toy, ["00008"], "val", "test")
+    unnamed = [[k, str(k)] for k in range(91)]  # as an official detector's, whose column 0 is not in use
+    with pytest.raises(ValueError, match=r"category .*aeroplane.* is no class of the detector, which has 0 \(0\)"):
+        finetune.evaluated(parse("--val", str(tmp_path)), unnamed)
+
+
+def test_fewer_epochs_than_a_stopped_run_has_had_say_so(toy, tmp_path, capsys, monkeypatch):
+    asked = iter([False, False, True])
+    monkeypatch.setattr(runtime, "stop_on_signals", lambda: contextlib.nullcontext(lambda: next(asked)))
+    run(toy, tmp_path, "--epochs 4 --drop-epoch 3", code=runtime.STOPPED)  # after three steps of eight
+    run(toy, tmp_path, "--epochs 1 --drop-epoch 3")
+    assert "is finished, 3 of 2 steps" in capsys.readouterr().out
+
+
 def test_clip_0_leaves_the_gradient_as_it_is(toy, tmp_path):
     losses = {}
     for clip in ("0", "1e9", "1e-12"):
