@@ -137,9 +137,12 @@ def refuse_misfit(path, state, own, made_with, wanted):
         raise ValueError(f"{path} does not fit this detector: {'; '.join(found)}: {remedy}")
 
 
-def read_native(path, source=None):
-    """Read any file this module knows: -> source, state (native name -> tensor), dropped (name -> rule), meta."""
-    tensors, meta = read_weights(path)
+def read_native(path, source=None, read=None):
+    """Read any file this module knows: -> source, state (native name -> tensor), dropped (name -> rule), meta.
+
+    read: what `read_weights` has returned of it already.
+    """
+    tensors, meta = read or read_weights(path)
     try:
         source = source or detect_source(tensors, meta)
         state, dropped = to_detector(tensors, source, pretext="method" in meta and "classes" not in meta)
@@ -240,6 +243,7 @@ def detect_settings(state):
         variant = "deformable-ss" if levels == 1 else "deformable-ms"
     elif "ref_anchor_head." in names:
         variant = "dn" if "label_enc." in names else "dab"
+    offsets = size("transformer.encoder.layers.0.self_attn.sampling_offsets.bias")
     channels = size("input_proj.0.0.weight" if levels else "input_proj.weight", 1)
     pairs = [(name, name.replace(".1.", ".0.", 1)) for name in state if name.startswith("bbox_embed.1.")]
     settings = {
@@ -250,6 +254,7 @@ def detect_settings(state):
         "enc_layers": layer_count(state, "encoder"),
         "dec_layers": layer_count(state, "decoder"),
         "ffn_dim": size("transformer.decoder.layers.0.linear1.weight"),
+        "heads": offsets // (8 * levels) if offsets and levels else None,  # of 4 points, x and y, each
         "num_queries": size("query_embed.weight") or size("refpoint_embed.weight"),
         "pre_norm": "transformer.encoder.norm." in names,
         "box_refine": any(first in state and not torch.equal(state[name], state[first]) for name, first in pairs),
@@ -375,14 +380,14 @@ def convert(path, out, to="official", source=None, variant=None, size=None):
     out = Path(out)
     if out.exists():
         raise ValueError(f"{out} exists already: remove it or choose another name")
-    source, state, dropped, meta = read_native(path, source)
+    read, notes = read_weights(path), []
+    source, state, dropped, meta = read_native(path, source, read)
     settings = detect_settings(state) | meta.get("build", {}) | ({"variant": variant} if variant else {})
-    read, notes = len(state) + len(dropped), []
     kind = ", ".join(f"{key} {value}" for key, value in settings.items() if value)
     if to != "backbone" and "variant" not in settings:
         raise ValueError(f"{path} holds only a backbone: use --to backbone")
-    if to not in ("backbone", "official"):
-        detector, classes = empty_detector(path, state, settings, meta.get("classes"))
+    if to != "backbone":
+        detector, classes = empty_detector(path, state, settings, meta.get("classes"), headless=to == "official")
         settings, resolution = detector.settings, meta.get("resolution", 800)
     part = out.with_name(f"{out.name}.part")
     if to == "backbone":
@@ -409,22 +414,24 @@ def convert(path, out, to="official", source=None, variant=None, size=None):
         if formats.family_of(settings["variant"]) == "dab":
             notes.append("boxes nearer to a border than 1e-3 differ: transformers' DAB bounds its logits at 1e-5")
     os.replace(part, out)
-    lines = [f"{path}: {source}, {kind}", *account(dropped), f"{read} tensors read, {len(state)} written to {out}"]
-    return lines + notes
+    lines = [f"{path}: {source}, {kind}", *account(dropped)]
+    return [*lines, f"{len(read[0])} tensors read, {len(state)} written to {out}", *notes]
 
 
-def empty_detector(path, state, settings, classes):
+def empty_detector(path, state, settings, classes, headless=False):
     """The detector that a complete state belongs to, on no device, and its classes [[category id, name], ...].
 
-    Raises ValueError when the state is not all of a detector.
+    Raises ValueError when the state is not all of a detector; headless: it may lack its class head, as pretraining's.
     """
     head = next((t for name, t in state.items() if name.startswith("class_embed.") and t.dim() == 2), None)
-    if head is None:
+    if head is None and not headless:
         raise ValueError(f"{path} comes from pretraining and has no class head: fine-tune it first, or --to official")
-    K = len(head) - VARIANTS[settings["variant"]].softmax
+    K = 1 if head is None else len(head) - VARIANTS[settings["variant"]].softmax
     with torch.device("meta"):
         detector = build_detector(**settings | {"num_classes": K})
-    refuse_misfit(path, state, detector.state_dict(), settings, detector.settings)
+    parts, apart = (state, detector.state_dict()), HEADS if head is None else ()
+    parts = [{name: t for name, t in part.items() if not name.startswith(apart)} for part in parts]
+    refuse_misfit(path, *parts, settings, detector.settings)
     classes = classes or (coco_classes() if K == 91 else [[k, str(k)] for k in range(K)])
     if len(classes) != K:
         raise ValueError(f"{path} names {len(classes)} classes, its class head has {K}: name as many")

@@ -514,12 +514,12 @@ def load_detector(path, args=None):
 def load_pretrained(path):
     """A checkpoint of pretrain.py -> (detector with the pretext task's head, its method's class), else (None, None)."""
     tensors, meta = convert.read_weights(Path(path))
-    method = None if meta.get("classes") else METHODS.get(meta.get("method"))
+    outputs = {len(v) for name, v in tensors.items() if re.fullmatch(r"class_embed\.(\d+\.)?bias", name)}
+    method = METHODS.get(meta.get("method")) if outputs and not meta.get("classes") else None
     if not method:
         return None, None
     detector = build_detector(**meta["build"])
-    (outputs,) = {len(v) for name, v in tensors.items() if re.fullmatch(r"class_embed\.(\d+\.)?bias", name)}
-    detector.pretext_heads(outputs)
+    detector.pretext_heads(*outputs)
     detector.load_state_dict(tensors)
     detector.resolution = 800
     return detector.eval(), method

@@ -154,6 +154,7 @@ HF_CLASSES = {  # family: model_type, class, image processor (DAB has none of it
 HF_BUILT = {  # what else config.json may ask for, without another name or shape of any tensor
     "dilation": False, "two_stage": False, "keep_query_pos": False, "normalize_before": False,
     "position_embedding_type": "sine", "sine_position_embedding_scale": None,
+    "temperature_height": 20, "temperature_width": 20,
 }  # fmt: skip
 HF_BODY = "model.backbone.conv_encoder.model."
 HF_WRAPPED = "_backbone."  # comes next for timm's networks in DAB
@@ -337,7 +338,7 @@ def hf_config(settings, names, native=False):
 def write_hf(folder, state, settings, classes, resolution, native):
     """The files of a transformers model; classes [[category id, name], ...]."""
     config = hf_config(settings, [name for _, name in classes], native)
-    config["category_ids"] = [number for number, _ in classes]  # ours, for the way back
+    config["categories"] = classes  # ours, for the way back
     processor = {
         "image_processor_type": HF_CLASSES[family_of(settings["variant"])][2],
         "format": "coco_detection",
@@ -361,8 +362,10 @@ def read_hf_settings(folder):
         if (folder / "preprocessor_config.json").is_file():
             processor = json.loads((folder / "preprocessor_config.json").read_text())
         names = sorted((int(k), str(name)) for k, name in config.get("id2label", {}).items())
-        ids = config.get("category_ids", [k for k, _ in names])
-        meta = {"build": {}, "classes": [[k, name] for k, (_, name) in zip(ids, names, strict=True)]}
+        ours = [(int(k), str(name)) for k, name in config.get("categories", [])]
+        same = [name for _, name in ours] == [name for _, name in names]  # else transformers has trained another head
+        classes = [list(pair) for pair in (ours if same else names)]  # none: two nameless ones are not written down
+        meta = {"build": {}} | ({"classes": classes} if classes else {})
         for key, ours, kind in (("encoder_attention_heads", "heads", int), ("dropout", "dropout", float)):
             if key in config:
                 meta["build"][ours] = kind(config[key])
@@ -370,7 +373,8 @@ def read_hf_settings(folder):
             meta["resolution"] = int(processor["size"]["shortest_edge"])
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{folder} has damaged settings ({error}): copy or download it again") from error
-    for key, built in HF_BUILT.items():
+    one = {"activation_function": "prelu" if config.get("model_type") == "dab-detr" else "relu"}
+    for key, built in (HF_BUILT | one | {"decoder_attention_heads": meta["build"].get("heads", 8)}).items():
         if config.get(key) not in (None, built):
             raise ValueError(f"{folder} has {key} {config[key]!r}, only {built!r} is built here: use another model")
     return meta

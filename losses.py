@@ -71,10 +71,8 @@ def pretext_losses(net, answer, batch, how="hungarian", num_boxes=None):
 
 def region_labels(net, batch):
     """The class that each region is trained as, (V*B, R): its pseudo-class, or where it has none all others'."""
-    labels = torch.full_like(batch.valid, net.other, dtype=torch.long)
-    if batch.labels is not None:
-        labels = torch.where(batch.labels >= 0, net.first + batch.labels, labels)
-    return labels.flatten(0, 1)
+    pseudo = torch.full_like(batch.valid, -1, dtype=torch.long) if batch.labels is None else batch.labels
+    return torch.where(pseudo >= 0, net.first + pseudo, net.other).flatten(0, 1)
 
 
 @torch.no_grad()

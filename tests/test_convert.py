@@ -142,7 +142,8 @@ def test_load_detector_takes_over_every_tensor(name, tmp_path):
 def test_detect_settings_reads_what_built_the_detector(name):
     detector = tiny(name, stride=16) if DETECTORS[name][0] in ("vanilla", "conditional") else tiny(name)
     found = convert.detect_settings(detector.state_dict())
-    missing = {"num_classes", "heads", "dropout"} | ({"stride"} if "-ms" in DETECTORS[name][0] else set())
+    missing = {"num_classes", "dropout"} | ({"stride"} if "-ms" in DETECTORS[name][0] else set())
+    missing |= set() if "deformable" in DETECTORS[name][0] else {"heads"}
     assert found == {k: v for k, v in detector.settings.items() if k not in missing}
 
 
@@ -566,6 +567,11 @@ def test_convert_refuses_in_one_sentence(tmp_path):
     taken.write_text("kept")
     small, pretext = ours(tmp_path / "small.pth", tiny("vanilla")), tmp_path / "pretext.pth"
     ours(pretext, tiny("conditional"), method="siamese")
+    part, pretext_part = tmp_path / "part.pth", tmp_path / "pretext-part.pth"
+    for whole, path_of_part in ((small, part), (pretext, pretext_part)):
+        file = torch.load(whole, weights_only=True)
+        del file["model"]["input_proj.bias"]
+        torch.save(file, path_of_part)
     cases = [
         (path, taken, (), "exists already"),
         (path, "out.pth", (), "holds only a backbone: use --to backbone"),
@@ -577,6 +583,8 @@ def test_convert_refuses_in_one_sentence(tmp_path):
         (small, "out", ("--to", "export", "--variant", "conditional"), "lacks transformer.decoder.layers.0.sa_q"),
         (small, "out.pth", ("--from", "hf"), "no name for backbone.0.body"),
         (pretext, "out", ("--to", "hf"), "has no class head: fine-tune it first"),
+        (part, "out.pth", (), "lacks input_proj.bias"),
+        (pretext_part, "out.pth", (), "lacks input_proj.bias"),
         (ours(tmp_path / "pre.pth", tiny("pre-norm", backbone="resnet18")), "out", ("--to", "hf"), "no pre-norm DETR"),
         (ours(tmp_path / "few.pth", tiny("dab"), classes=CLASSES[:3]), "o", ("--to", "export"), "names 3 classes"),
         (tmp_path, "out.pth", (), "is a folder without model.safetensors or pytorch_model.bin"),

@@ -423,6 +423,17 @@ def test_fewer_epochs_than_a_stopped_run_has_had_say_so(toy, tmp_path, capsys, m
     assert "is finished, 3 of 2 steps" in capsys.readouterr().out
 
 
+def test_a_converted_pretraining_file_has_nothing_to_predict_with_and_says_so(tmp_path, capsys):
+    torch.manual_seed(0)
+    detector = build_detector("conditional", 2, **SMALL)
+    detector.pretext_heads(3)
+    meta = {"build": detector.settings, "method": "siamese"}
+    torch.save({"model": detector.state_dict(), "meta": meta}, tmp_path / "pre.pt")
+    convert.convert(tmp_path / "pre.pt", tmp_path / "official.pth")
+    more = f"--predict {ROOT} --init {tmp_path / 'official.pth'} --export-proposals {tmp_path / 'boxes'}"
+    assert "official.pth comes from pretraining and has no class head" in refused(capsys, more)
+
+
 def test_clip_0_leaves_the_gradient_as_it_is(toy, tmp_path):
     losses = {}
     for clip in ("0", "1e9", "1e-12"):

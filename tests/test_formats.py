@@ -279,7 +279,10 @@ def test_rename_refuses_what_it_does_not_know_and_what_collides():
         ({"dilation": True}, {}, "has dilation True, only False is built here"),
         ({"two_stage": True, "with_box_refine": True}, {}, "two_stage"),
         ({"position_embedding_type": "learned"}, {}, "position_embedding_type 'learned'"),
-        ({"id2label": {"0": "a"}}, {}, "damaged settings"),
+        ({"activation_function": "gelu"}, {}, "activation_function 'gelu', only 'relu'"),
+        ({"decoder_attention_heads": 4}, {}, "decoder_attention_heads 4, only 2"),
+        ({"model_type": "dab-detr", "activation_function": "relu"}, {}, "activation_function 'relu', only 'prelu'"),
+        ({"temperature_width": 10000}, {}, "temperature_width 10000, only 20"),
         ({"id2label": 3}, {}, "damaged settings"),
         ({"encoder_attention_heads": "two"}, {}, "damaged settings"),
         ({}, {"size": 3}, "damaged settings"),
@@ -297,6 +300,38 @@ def test_settings_of_other_networks_are_refused(changes, settings, expected, tmp
     (tmp_path / "hf" / "config.json").write_text("{")
     with pytest.raises(ValueError, match="damaged settings"):
         convert.read_native(tmp_path / "hf")
+
+
+def test_classes_are_those_of_transformers_where_it_has_replaced_ours(tmp_path):
+    convert.convert(checkpoint(tmp_path / "ours.pt", filled("conditional")), tmp_path / "hf", "hf")
+    path = tmp_path / "hf" / "config.json"
+    config = json.loads(path.read_text())
+    other = {"0": "fox", "1": "gnu", "2": "hen", "3": "owl", "4": "yak"}  # as many, and then fewer
+    for names in (other, {k: other[k] for k in "012"}):
+        path.write_text(json.dumps(config | {"id2label": names}))
+        assert convert.read_native(tmp_path / "hf")[3]["classes"] == [[int(k), name] for k, name in names.items()]
+    path.write_text(json.dumps(config))
+    assert convert.read_native(tmp_path / "hf")[3]["classes"] == CLASSES
+
+
+def test_two_classes_that_transformers_does_not_write_down_are_numbered(tmp_path):
+    detector = build_detector("conditional", 2, **TINY | DETECTORS["conditional"][1])
+    file = {"model": detector.state_dict(), "meta": {"build": detector.settings, "classes": [[0, "a"], [1, "b"]]}}
+    torch.save(file, tmp_path / "ours.pt")
+    convert.convert(tmp_path / "ours.pt", tmp_path / "hf", "hf")
+    path = tmp_path / "hf" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in config.items() if k not in ("id2label", "label2id", "categories")}))
+    convert.convert(tmp_path / "hf", tmp_path / "official.pth")
+    for init in (tmp_path / "hf", tmp_path / "official.pth"):
+        assert finetune.load_detector(init)[1] == ["0", "1"]
+
+
+def test_count_of_tensors_read_is_that_of_the_file(tmp_path):
+    convert.convert(checkpoint(tmp_path / "ours.pt", filled("vanilla")), tmp_path / "hf", "hf-native")
+    inside = len(convert.read_weights(tmp_path / "hf")[0])  # q, k and v apart
+    *_, line = convert.convert(tmp_path / "hf", tmp_path / "official.pth")
+    assert f"{inside} tensors read" in line and inside > len(torch.load(tmp_path / "official.pth")["model"])
 
 
 def test_finetune_starts_from_a_hugging_face_folder(tmp_path):
