@@ -30,7 +30,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -173,6 +172,8 @@ class Cache:
         if classes and len(self.classes) != len(self._boxes):
             labels, boxes = len(self.classes), len(self._boxes)
             raise ValueError(f"{classes} has {labels} labels for the {boxes} boxes of {path}: cluster them again")
+        if classes and Path(classes).resolve().parent != self.path.resolve():  # as many boxes are no proof
+            raise ValueError(f"{classes} is not in {path}, so of another cache: proposals.py --cluster puts it there")
 
     def __len__(self):
         return len(self.sizes)
@@ -334,10 +335,14 @@ def write_cache(source, out, workers=1, shard=(0, 1), **settings):
         fcntl.lockf(lock, fcntl.LOCK_UN, 1, 0)
         parts = [out / "parts" / str(i) for i in range(shard[1])]
         ends = [len(images.paths) * i // shard[1] for i in range(shard[1] + 1)]
-        fill(parts[shard[0]], range(*ends[shard[0] : shard[0] + 2]), workers, partial(record, images, labels, settings))
-        fcntl.lockf(lock, fcntl.LOCK_EX, 1, 0)
-        if (out / "meta.json").is_file() or join(out, parts, images, settings["kind"]):
-            return Cache(out)
+        own, make = range(*ends[shard[0] : shard[0] + 2]), partial(record, images, labels, settings)
+        try:
+            fill(parts[shard[0]], own, workers, make)
+            fcntl.lockf(lock, fcntl.LOCK_EX, 1, 0)
+            if (out / "meta.json").is_file() or join(out, parts, images, settings["kind"]):
+                return Cache(out)
+        except OSError as error:
+            raise OSError(f"{out}: not written ({error}); make room and run the same command again") from error
 
 
 def prepare(source, workers, shard, kind, max_boxes, draws, seed, edge_model):
@@ -443,7 +448,7 @@ def records(*parts):
             while len(start := file.read(8)) == 8:
                 length, crc = struct.unpack("<II", start)
                 payload = file.read(length)
-                if zlib.crc32(payload) != crc:
+                if not payload or zlib.crc32(payload) != crc:  # no bytes have the sum 0: a tail of zeros
                     break
                 head, _, body = payload.partition(b"\n")
                 yield json.loads(head), body, file.tell()
@@ -458,17 +463,18 @@ def join(out, parts, images, kind):
     table = np.array([head for head in heads if not isinstance(head, str)], np.int64)
     if not len(table):
         raise ValueError(f"all {len(heads)} images are rejected, the first, {images.paths[0]!r}, for: {heads[0]}")
-    sizes, counts, end = table[:, :2], table[:, 2:], 0
+    sizes, counts = table[:, :2], table[:, 2:]
     total = int(counts.sum())  # a plain int: numpy would write its own type's name into the file
     wide = kind in ("gt", "model") or sizes.max() >= 2**15  # labelled and predicted boxes have fractions
-    boxes = open_memmap(out / "boxes.npy", "w+", np.float32 if wide else np.int16, (total, 4))
-    scores = open_memmap(out / "scores.npy", "w+", np.float32, (total,))
-    for _, body, _ in records(*parts):
-        rows = np.frombuffer(body, "<f4")
-        start, end = end, end + len(rows) // 5
-        boxes[start:end], scores[start:end] = rows[: 4 * (end - start)].reshape(-1, 4), rows[4 * (end - start) :]
-    boxes.flush()
-    scores.flush()
+    corners, header = "<f4" if wide else "<i2", np.lib.format.write_array_header_1_0
+    with open(out / "boxes.npy", "wb") as boxes, open(out / "scores.npy", "wb") as scores:  # a map dies on a full disk
+        header(boxes, {"descr": corners, "fortran_order": False, "shape": (total, 4)})
+        header(scores, {"descr": "<f4", "fortran_order": False, "shape": (total,)})
+        for _, body, _ in records(*parts):
+            rows = np.frombuffer(body, "<f4")
+            end = len(rows) // 5 * 4
+            boxes.write(rows[:end].astype(corners).tobytes())
+            scores.write(rows[end:].tobytes())
     np.save(out / "offsets.npy", np.append(0, counts.cumsum()))
     np.save(out / "sizes.npy", sizes.astype(np.int32))
     write_json(out / "meta.json", {"root": str(images.root), "boxes": total, "rejected": rejected})
@@ -515,7 +521,7 @@ def main(argv=None):
     K, backbone, weights = (args.pop(name) for name in ("cluster", "backbone", "backbone_weights"))
     try:
         cache = write_cache(**args)
-        if cache and K:
+        if cache and K is not None:
             from clusters import cluster  # the only command that needs a network
 
             counts = cluster(cache, args["source"], cache.path / f"classes-{K}.npy", K, backbone, weights, args["seed"])

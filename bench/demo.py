@@ -49,8 +49,13 @@ def main(argv=None):
                 "--eval-every", every, *FINETUNE]  # fmt: skip
     arms = {"from scratch": [*MODEL, "--backbone-weights", "auto"], "pretrained": ["--init", checkpoint]}
     both = [start("finetune.py", *finetune, *arms[name], "--out", out / name.replace(" ", "-")) for name in arms]
-    for process in both:
-        finish(process)
+    try:
+        for process in both:
+            finish(process)
+    finally:  # where one has failed the other saves and ends: the same command starts both again
+        for process in both:
+            process.terminate()
+            process.wait()
 
     runs = {name: out / name.replace(" ", "-") for name in arms}
     points = {name: [r for r in plots.read_log(folder) if "AP50" in r] for name, folder in runs.items()}

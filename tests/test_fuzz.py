@@ -355,7 +355,6 @@ def make_files(base):
     path = pictures / "list.txt"
     readers["list"] = read_list, path, {path: bytes_of(b"00000.png\n00001.png\n")}
     cache = proposals.write_cache(pictures, base / "cache", kind="random", max_boxes=5, draws=2).path
-    np.save(base / "classes.npy", np.arange(20, dtype=np.int16) % 3 - 1)
     changes = {}
     for file in sorted(cache.iterdir()):
         if file.suffix == ".json":
@@ -363,7 +362,8 @@ def make_files(base):
         elif file.suffix == ".npy":
             changes[file] = st.one_of(bytes_of(file.read_bytes()), header_of(file.read_bytes()))
     readers["cache"] = read_cache, cache, changes
-    path = base / "classes.npy"
+    path = cache / "classes-2.npy"
+    np.save(path, np.arange(20, dtype=np.int16) % 3 - 1)
     raw = path.read_bytes()
     readers["pseudo-classes"] = (
         (lambda path: read_cache(cache, path)),

@@ -270,16 +270,53 @@ def test_writing_is_the_same_by_shards_workers_and_after_damage(tmp_path):
     assert last is not None and content(out) == content(tmp_path / "one")
 
 
-def test_writing_goes_on_after_a_damaged_record(tmp_path):
+@pytest.mark.parametrize("damage", ["a bit", "zeros"])
+def test_writing_goes_on_after_a_damaged_record(tmp_path, damage):
     source = folder(tmp_path / "images", [f"{i}.png" for i in range(4)])
     whole = content(write_cache(source, tmp_path / "whole", max_boxes=9).path)
     out = tmp_path / "out"
     assert write_cache(source, out, max_boxes=9, shard=(0, 2)) is None
     data = bytearray((out / "parts" / "0").read_bytes())
-    data[len(data) // 2 + 20] ^= 1
+    if damage == "a bit":
+        data[len(data) // 2 + 20] ^= 1
+    else:  # what a power cut leaves of blocks that were never written
+        data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
     (out / "parts" / "0").write_bytes(data)
     assert write_cache(source, out, max_boxes=9, shard=(1, 2)) is None  # the first half no longer counts as done
     assert content(write_cache(source, out, max_boxes=9, shard=(0, 2)).path) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kib", [60, 120])
+def test_full_disk_while_filling_or_joining_is_one_sentence_and_writing_goes_on(tmp_path, kib):
+    """On a disk of its own: 80 KiB of parts, from which 48 KiB of arrays are joined."""
+    source, disk = folder(tmp_path / "images", [f"{i}.png" for i in range(8)]), tmp_path / "disk"
+    disk.mkdir()
+    command = f"{sys.executable} {ROOT / 'proposals.py'} {source} {disk / 'out'} --kind random --max-boxes 512"
+    shell = f"""mount -t tmpfs -o size={kib}k tmpfs {disk} || exit 9
+        {command} --workers 1; [ $? = 2 ] || exit 1
+        mount -o remount,size=1m {disk} && {command} && cp -r {disk / "out"} {tmp_path / "kept"}"""
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", shell], capture_output=True, text=True)
+    if done.returncode == 9 or "unshare failed" in done.stderr:
+        pytest.skip(f"this user may not mount a small disk: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stderr.splitlines() if line.startswith("proposals.py: "))
+    assert f"{disk / 'out'}: not written" in line and "No space left" in line and "make room" in line
+    whole = write_cache(source, tmp_path / "whole", kind="random", max_boxes=512)
+    assert content(tmp_path / "kept") == content(whole.path)
+
+
+def test_classes_of_another_cache_and_no_clusters_are_refused(tmp_path, capsys):
+    source = folder(tmp_path / "images", ["0.png", "1.png"])
+    for seed in (0, 1):
+        cache = write_cache(source, tmp_path / str(seed), kind="random", max_boxes=5, seed=seed)
+        np.save(cache.path / "classes-2.npy", np.arange(10, dtype=np.int16) % 2)
+    assert Cache(tmp_path / "1", tmp_path / "1" / "classes-2.npy").labels(0).tolist() == [0, 1, 0, 1, 0]
+    with pytest.raises(ValueError, match="0/classes-2.npy .* of another cache"):
+        Cache(tmp_path / "1", tmp_path / "0" / "classes-2.npy")
+    with pytest.raises(SystemExit):
+        proposals.main([str(source), str(tmp_path / "0"), "--kind", "random", "--max-boxes", "5", "--cluster", "0"])
+    assert "--cluster 0" in capsys.readouterr().err
 
 
 def test_writing_resumes_after_sigkill_and_refuses_a_second_writer(tmp_path):
