@@ -6,6 +6,7 @@ read back is replaced as a whole: a kill at any moment leaves the old one or the
 """
 
 import atexit
+import fcntl
 import json
 import math
 import os
@@ -335,13 +336,19 @@ class Log:
     """One JSON object a line in out/log.jsonl, and the same to read on stdout; silent on every rank but 0.
 
     `step` is where the run resumes: what an interrupted run logged beyond it is dropped, so that each step stands there
-    once. Step 0 begins a new file.
+    once. Step 0 begins a new file. ValueError where another process has a Log in that folder.
     """
 
     def __init__(self, out, rank, step=0):
         self.path = Path(out) / "log.jsonl" if rank == 0 else None
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.path.with_name("lock"), "a")  # locked until it is closed or the process ends
+            try:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                text = f"another process is writing {out}: wait for its end, or give another --out"
+                raise ValueError(text) from error
             lines = self.path.read_text("utf-8").splitlines() if step and self.path.exists() else []
             new = self.path.with_name(".log.jsonl.new")
             new.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step), "utf-8")

@@ -1,5 +1,6 @@
 """The README's first command, small: every step runs and every product is there."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,23 @@ def test_fidelity_compares_two_runs_that_differ_in_amp_alone(tmp_path, monkeypat
     assert fidelity.curves(["--data", "x"], 10, tmp_path)["float32"]["loss"] == 1
     plain, half = (" ".join(words).replace("float32", "bfloat16") for words in commands)
     assert half.replace(" --amp", "") == plain != half
+
+
+def test_demo_ends_the_other_fine_tuning_when_one_fails(tmp_path, monkeypatch):
+    """Else it would go on writing beside the one that the same command starts."""
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "step-00000001.pt").touch()
+    codes, children = iter(["import sys; sys.exit(2)", "import time; time.sleep(60)"]), []
+
+    def start(*words):
+        children.append(subprocess.Popen([sys.executable, "-c", next(codes), words[0]]))
+        return children[-1]
+
+    monkeypatch.setattr(demo, "run", lambda *words: None)
+    monkeypatch.setattr(demo, "start", start)
+    with pytest.raises(SystemExit, match="finetune.py failed with exit code 2"):
+        demo.main(["--out", str(tmp_path)])
+    assert children[1].poll() == -signal.SIGTERM
 
 
 @pytest.mark.slow

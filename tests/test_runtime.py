@@ -465,6 +465,26 @@ def test_log_resumed_shows_every_step_once(tmp_path):
     assert read_lines(tmp_path) == []  # step 0: another run
 
 
+def test_a_second_run_into_the_same_folder_is_refused_before_it_touches_the_log(tmp_path):
+    code = f"import time, runtime; log = runtime.Log({str(tmp_path)!r}, 0); log.write(step=7); time.sleep(60)"
+    first = start_python(code)
+    try:
+        deadline = time.monotonic() + 50
+        while not (tmp_path / "log.jsonl").exists() or not read_lines(tmp_path):
+            assert time.monotonic() < deadline and first.poll() is None
+            time.sleep(0.05)
+        with pytest.raises(ValueError, match=f"another process is writing {tmp_path}: .* another --out"):
+            runtime.Log(tmp_path, 0)
+        runtime.Log(tmp_path, 1)  # only rank 0 writes
+    finally:
+        first.kill()
+        first.wait()
+    assert read_lines(tmp_path) == [{"step": 7}]
+    runtime.Log(tmp_path, 0, step=7).write(step=8)  # a killed run does not keep its folder
+    runtime.Log(tmp_path, 0, step=8).write(step=9)  # nor does one of this process that has ended
+    assert [line["step"] for line in read_lines(tmp_path)] == [7, 8, 9]
+
+
 def test_log_on_a_full_disk_names_its_file(tmp_path):
     log = runtime.Log(tmp_path, 0)
     log.path = Path("/dev/full")
