@@ -324,7 +324,7 @@ def voc_table(roots, split):
             boxes += [{"image_id": len(images), **box} for box in found]
     existing(top, [row["file_name"] for row in images], f"split {split!r}")
     names = {box["name"] for box in boxes}
-    if not names <= set(VOC_CLASSES):  # then the names in the whole folders, so that all splits agree
+    if names != set(VOC_CLASSES):  # then the names in the whole folders, so that all splits agree
         every = [parse_voc(xml)[1] for root in roots for xml in (root / "Annotations").glob("*.xml")]
         names = {box["name"] for found in every for box in found}
     names = VOC_CLASSES if names <= set(VOC_CLASSES) else sorted(names)

@@ -18,6 +18,7 @@ import math
 import re
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -181,10 +182,11 @@ def train(args, run, stop):
     weights = {"class": detector.row.weight_class, "l1": 5.0, "giou": 2.0}  # the official repositories
     weights |= {f"dn_{k}": w for k, w in weights.items()} if detector.row.denoise else {}
 
-    # --- schedule: an epoch ends with the step that takes its last image
-    n, batch_size = len(train_set), args.batch_size
-    epoch_end = {math.ceil(e * n / batch_size): e for e in range(1, args.epochs + 1)}
-    steps, drop_step = max(epoch_end), math.ceil(args.drop_epoch * n / batch_size)
+    # --- schedule: an epoch ends with the step that takes its last image; several with one step, if images are few
+    n, batch_size, epochs_at = len(train_set), args.batch_size, defaultdict(list)
+    for epoch in range(1, args.epochs + 1):
+        epochs_at[math.ceil(epoch * n / batch_size)].append(epoch)
+    steps, drop_step = max(epochs_at), math.ceil(args.drop_epoch * n / batch_size)
 
     # --- resume
     settings, start, best = {**vars(args), "classes": classes}, 0, -math.inf
@@ -212,8 +214,12 @@ def train(args, run, stop):
         meta = {"variant": args.variant, "build": detector.settings, "classes": classes, "resolution": args.resolution}
         return {"model": detector.state_dict(), "step": done, "settings": settings, "meta": meta, **more}
 
+    def ends(step, every):
+        """The last epoch that ends with `step` and is a multiple of `every`, else 0."""
+        return max((epoch for epoch in epochs_at.get(step, ()) if every and epoch % every == 0), default=0)
+
     def due(step):
-        return step in epoch_end and (epoch_end[step] % args.eval_every == 0 or step == steps)
+        return step == steps or ends(step, args.eval_every)
 
     def validate():
         """AP of --val after step `done`, and best.pt -> on rank 0 all numbers and a table by class; else None."""
@@ -224,7 +230,7 @@ def train(args, run, stop):
             if found["AP"] > best:
                 best = found["AP"]
                 runtime.write_checkpoint(out / "best.pt", state())
-            log.write(step=done, epoch=epoch_end[done], **found)  # the last thing: a run that lacks it looks again
+            log.write(step=done, epoch=epochs_at[done][-1], **found)  # the last thing: a run that lacks it looks again
             return found, per_class
         return None
 
@@ -252,16 +258,16 @@ def train(args, run, stop):
             runtime.stop_not_finite(out, log, step, saved, rate, {"loss": loss, **terms}, paths)
         optimizer.step()
 
-        done, epoch, asked = step + 1, epoch_end.get(step + 1, 0), stop()
+        done, asked = step + 1, stop()
         window.append({"loss": loss, **terms, "grad_norm": norm, "seconds": time.time() - began})
         if done % args.log_every == 0 or done == steps:  # the only wait for the device besides matching and the norm
             values = runtime.mean_over_ranks({k: sum(row[k] for row in window) / len(window) for k in window[0]})
             values |= {"lr": optimizer.param_groups[0]["lr"], "images_per_s": batch_size / values.pop("seconds")}
             log.write(step=done, epoch=done * batch_size / n, **values)
             window.clear()
-        if epoch and args.keep_every and epoch % args.keep_every == 0 and run.rank == 0:
+        if (epoch := ends(done, args.keep_every)) and run.rank == 0:
             runtime.write_checkpoint(out / f"epoch-{epoch:04d}.pt", state())
-        if due(done) or (epoch and epoch % args.save_every == 0) or asked:  # before an evaluation, which may be killed
+        if due(done) or ends(done, args.save_every) or asked:  # before an evaluation, which may be killed
             runtime.save_checkpoint(out, done, state(optimizer=optimizer.state_dict(), best=best))
         if asked:
             print(f"stopped by a signal after step {done}, state saved; the same command goes on")
@@ -383,8 +389,12 @@ def evaluated(args, classes):
     known, same name. VOC has names alone, and takes the detector's ids.
     """
     found, number = labelled(args, args.val, "test"), {name: k for k, name in classes}
-    if all(data.is_voc(Path(path)) for path in args.val):
-        found = found._replace(categories=[(number.get(name, name), name) for _, name in found.categories])
+    if all(data.is_voc(Path(path)) for path in args.val):  # which lists all 20 classes of VOC, whichever it has
+        used = set(torch.cat(found.labels).tolist())
+        kept = [k for k, (_, name) in enumerate(found.categories) if name in number or k in used]
+        labels = [torch.tensor([kept.index(k) for k in x.tolist()], dtype=x.dtype) for x in found.labels]
+        names = [found.categories[k][1] for k in kept]
+        found = found._replace(labels=labels, categories=[(number.get(name, name), name) for name in names])
     for k, name in found.categories:
         if dict(map(tuple, classes)).get(k) not in (name, str(k)):
             have = convert.few([f"{k} ({v})" for k, v in classes])

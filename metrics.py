@@ -29,8 +29,8 @@ def evaluate(annotations, results, metric="coco", difficult="count"):
     return {"coco": coco_metrics, "voc07": voc07_metrics}[metric](annotations, results, difficult)
 
 
-def coco_metrics(annotations, results, difficult="count"):
-    """pycocotools' 12 numbers."""
+def truth_table(annotations, difficult="count"):
+    """`data.Annotations` as the COCO-style table that pycocotools reads."""
     categories, truth = [{"id": number, "name": name} for number, name in annotations.categories], []
     for image, *columns in zip(*annotations[1:7], strict=True):
         for (x0, y0, x1, y1), label, crowd, area, hard in zip(*(c.tolist() for c in columns), strict=True):
@@ -38,18 +38,24 @@ def coco_metrics(annotations, results, difficult="count"):
                 area = math.inf  # outside all of pycocotools' size ranges, and so ignored
             truth.append({"id": len(truth) + 1, "image_id": image["id"], "category_id": categories[label]["id"],
                           "bbox": [x0, y0, x1 - x0, y1 - y0], "area": area, "iscrowd": int(crowd)})  # fmt: skip
+    return {"info": {}, "images": annotations.images, "annotations": truth, "categories": categories}
+
+
+def coco_metrics(annotations, results, difficult="count"):
+    """pycocotools' 12 numbers."""
+    truth = truth_table(annotations, difficult)
     found = [{**r, "id": i, "area": r["bbox"][2] * r["bbox"][3]} for i, r in enumerate(results, 1)]
     with contextlib.redirect_stdout(None):  # pycocotools prints its progress
         tables = COCO(), COCO()
-        for coco, boxes in zip(tables, (truth, found), strict=True):  # unlike COCO.loadRes, no result at all is fine
-            coco.dataset = {"images": annotations.images, "annotations": boxes, "categories": categories}
+        for coco, table in zip(tables, (truth, {**truth, "annotations": found}), strict=True):
+            coco.dataset = table  # unlike COCO.loadRes, no result at all is fine
             coco.createIndex()
         evaluation = COCOeval(*tables, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     per_class = evaluation.eval["precision"][:, :, :, 0, -1].mean((0, 1))  # over IoU and recall, (K,); any size
-    names = [category["name"] for category in categories]
+    names = [category["name"] for category in sorted(truth["categories"], key=lambda c: c["id"])]  # pycocotools' order
     metrics = dict(zip(METRICS["coco"], evaluation.stats.tolist(), strict=True))
     return metrics, dict(zip(names, per_class.tolist(), strict=True))
 

@@ -12,6 +12,8 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+import data
+import metrics
 from bench.transfer_study import RATES
 from proposals import Cache
 
@@ -55,8 +57,12 @@ def best_rates(lines):
 
 
 def open_labels(path):
+    """The labels as finetune.py reads them, opened by pycocotools."""
     with contextlib.redirect_stdout(None):  # pycocotools prints its progress
-        return COCO(str(path))
+        coco = COCO()
+        coco.dataset = metrics.truth_table(data.read_annotations([path], quiet=True))
+        coco.createIndex()
+    return coco
 
 
 def evaluate(truth, found, agnostic=False):
@@ -79,7 +85,7 @@ def grid(labels, detections):
 def recall_of_boxes(labels, cache):
     """Class-agnostic recall of a cache of boxes of the labelled photographs: AR of up to 100, and that at IoU 0.5."""
     truth, cache = open_labels(labels), Cache(cache)
-    ids = {image["file_name"]: image["id"] for image in truth.dataset["images"]}
+    ids = {image["path"]: image["id"] for image in truth.dataset["images"]}
     category = min(truth.getCatIds())
     found = [{"image_id": ids[path], "category_id": category, "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
              for i, path in enumerate(cache.paths) for (x0, y0, x1, y1), score

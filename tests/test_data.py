@@ -450,6 +450,13 @@ def test_voc_of_other_classes_has_the_names_of_all_splits(tmp_path):
     assert [row.tolist() for row in read_annotations(root).labels] == [[2]]
 
 
+def test_voc_split_without_objects_of_own_classes_has_the_names_of_the_folder_all_the_same(tmp_path):
+    objects = {"a": [("helmet", 1, 1, 9, 9, 0), ("person", 1, 1, 9, 9, 0)], "b": [("person", 1, 1, 9, 9, 0)], "c": []}
+    root = voc(tmp_path, objects, {"trainval": ["a"], "test": ["b"], "val": ["c"]})
+    found = [read_annotations(root, split).categories for split in ("trainval", "test", "val")]
+    assert found == [[(0, "helmet"), (1, "person")]] * 3
+
+
 ENTITY, OUTSIDE = '<!DOCTYPE a [<!ENTITY b "c">]>', '<!DOCTYPE a SYSTEM "file:///x">'
 BAD_XML = (ENTITY + "<annotation>&b;</annotation>", OUTSIDE + "<annotation/>", "", "<annotation><object></annotation>",
            "<annotation><object><name>dog</name></object></annotation>")  # fmt: skip

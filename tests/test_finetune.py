@@ -408,6 +408,39 @@ def test_voc_roots_of_other_classes_are_matched_by_name_and_jsons_are_told_the_n
     assert f"number it {ids[f'my {data.VOC_CLASSES[1]}']} there" in error
 
 
+def test_ap_per_class_stands_beside_its_name_where_ids_are_not_in_order(val):
+    ids = dict(zip([name for _, name in val.categories], (7, 2, 30, 1, 5), strict=False))
+    assert len(val.categories) > 2
+    mixed = val._replace(categories=[(ids.get(name, 40 + k), name) for k, name in val.categories])
+    one = val.categories[0][1]  # found, and nothing else is
+    for annotations in (val, mixed):
+        number = next(k for k, name in annotations.categories if name == one)
+        found = [r for r in truth(annotations) if r["category_id"] == number]
+        for metric in ("coco", "voc07"):
+            per_class = metrics.evaluate(annotations, found, metric)[1]
+            assert per_class[one] == 1 and set(v for name, v in per_class.items() if name != one) <= {0.0, -1.0}
+
+
+def test_epochs_that_share_a_step_are_all_evaluated_and_kept(toy, tmp_path):
+    """Eight images are less than a batch of 16: two epochs a step."""
+    run(toy, tmp_path, "--batch-size 16 --epochs 5 --eval-every 3 --keep-every 3")
+    assert logged(tmp_path, "AP") and [row for row in logged(tmp_path, "epoch") if row in (4, 5)]
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["epoch"]) for row in rows if "AP" in row] == [(2, 4), (3, 5)]  # 3 ends with step 2, as 4
+    assert (tmp_path / "epoch-0003.pt").exists()
+
+
+def test_voc_root_with_few_of_the_classes_is_evaluated_by_those_it_has_objects_of(toy, tmp_path):
+    """A root of persons alone looks like VOC's 20 classes; the detector knows two, of which one is no class of VOC."""
+    write_voc(tmp_path, toy, ["00008", "00009"], "val", "test")
+    for xml in (tmp_path / "Annotations").iterdir():
+        xml.write_text(re.sub("<name>.*?</name>", "<name>person</name>", xml.read_text()))
+    found = finetune.evaluated(parse("--val", str(tmp_path)), [[0, "helmet"], [1, "person"]])
+    assert found.categories == [(1, "person")] and {k for x in found.labels for k in x.tolist()} == {0}
+    with pytest.raises(ValueError, match="category person .* is no class of the detector"):
+        finetune.evaluated(parse("--val", str(tmp_path)), [[0, "helmet"]])
+
+
 def test_voc_roots_are_not_taken_by_position_where_the_detector_names_no_classes(toy, tmp_path):
     write_voc(tmp_path, toy, ["00008"], "val", "test")
     unnamed = [[k, str(k)] for k in range(91)]  # as an official detector's, whose column 0 is not in use
