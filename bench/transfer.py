@@ -91,6 +91,8 @@ class Study:
 
     def __init__(self, args):
         self.args, self.out, self.processes, self.stopping = args, args.out, [], False
+        locks = (args.out / "lock", args.results.with_suffix(".lock"))
+        self.claims = [] if args.dry_run else [claim(path) for path in locks]  # before the results are read
         self.siamese, self.lock, self.boxes_lock = siamese(args).name, threading.Lock(), threading.Lock()
         self.lines = {line["run"]: line for line in numbers.read(args.results, missing_ok=True)}
         chosen = {line["key"]: line["lr"] for line in numbers.best_rates(self.lines.values())}
@@ -103,7 +105,7 @@ class Study:
                 self.runs, self.rows[first.name] = [first, *self.runs], []
             wanted.add(first.name)
         self.images = len(numbers.open_labels(args.labels).dataset["images"])
-        again = {name for name in wanted if name and not self.checkpoint(name)}  # done, but its weights are gone
+        again = {run.name for run in self.runs if run.name in wanted and not self.whole(run)}  # done, its weights gone
         self.todo = [run for run in self.runs if run.name not in self.lines or run.name in again]
 
     def go(self):
@@ -117,13 +119,7 @@ class Study:
         if self.args.dry_run:
             print("\n".join(f"{self.minutes(run):6.1f} CPU-minutes  {run.name}" for run in self.todo))
             return 0
-        self.out.mkdir(parents=True, exist_ok=True)
-        with open(self.out / "lock", "a") as lock:  # ends with this block or the process
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise ValueError(f"another process runs the study in {self.out}: wait, or use --jobs") from error
-            return self.work()
+        return self.work()
 
     def work(self):
         """All that is to do, --jobs runs at a time; returns the exit code."""
@@ -240,6 +236,11 @@ class Study:
         """The newest weights of a run's folder, or None."""
         return max((self.out / name).glob("step-*.pt"), default=None)
 
+    def whole(self, run):
+        """Whether the weights of a pretraining are there, and those of its last step."""
+        path = self.checkpoint(run.name)
+        return path is not None and path.stem == f"step-{length(run.flags)[1]:08d}"
+
     def call(self, command, name):
         """One of the scripts in a process of one thread; its words go to OUT/name.txt, its CPU time to a file there."""
         places = {name: self.out / made[0].removesuffix("/meta.json") for name, made in NEEDS.items()}
@@ -269,6 +270,17 @@ class Study:
         new = self.args.results.with_suffix(".new")
         new.write_text("".join(json.dumps(line) + "\n" for line in self.lines.values()))
         os.replace(new, self.args.results)
+
+
+def claim(path):
+    """The open file `path`, locked until it is closed or the process ends; ValueError if another process has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(path, "a")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ValueError(f"another study writes what {path} is for: wait for it, or use --jobs") from error
+    return lock
 
 
 def write_split(labels, out):

@@ -49,6 +49,11 @@ class Row:
         self.gains = self.method != "scratch" or first["key"] != key  # it is held against from scratch
         self.scratch = [r for r in lines if self.runs and r["kind"] == "finetune" and r["key"] == key
                         and r["lr"] == best.get(key, r["lr"]) and r["length"] == self.runs[0]["length"]]  # fmt: skip
+        for part in ("images and labels of --train", "images and labels of --val"):
+            sums = {run["settings"][part] for run in self.runs + self.scratch if part in run["settings"]}
+            if len(sums) > 1:
+                raise ValueError(f"{name}: runs with different {part} ({', '.join(sorted(sums))}) are not comparable; "
+                                 "keep what changed in a file of its own, with other --results")  # fmt: skip
 
     @property
     def label(self):

@@ -57,7 +57,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    args, began = parse_args(argv), time.process_time()
+    args, began, started = parse_args(argv), time.process_time(), time.time()
     out = Path(args.out)
     photo = Path(args.image or get_sample_data("grace_hopper.jpg", asfileobj=False))
     with tempfile.TemporaryDirectory() as work:
@@ -80,12 +80,13 @@ def main(argv=None):
         facts |= the_detections(out, work, photo, image, args, init)
     seconds = f"{time.process_time() - began:.0f}"
     facts["training"] = how_trained(args, settings, seconds)
-    for path in out.glob("*.png"):
+    pictures = [path for path in out.glob("[01]?-*.png") if path.stat().st_mtime >= started]  # no one else's
+    for path in pictures:
         shrink(path)
     template = Path(__file__).with_suffix(".md").read_text()
     text = out.with_suffix(".md")
     text.write_text(template.format_map(facts))
-    print(f"{text} and {len(list(out.glob('*.png')))} pictures: {seconds} seconds of one core")
+    print(f"{text} and {len(pictures)} pictures: {seconds} seconds of one core")
     return 0
 
 

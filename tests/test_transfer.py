@@ -442,6 +442,53 @@ def test_a_second_round_brings_the_pretraining_whose_boxes_it_needs(tmp_path):
     assert runs[0].name == study.siamese(settings(*flags)).name and "{own-boxes}" in runs[1].flags
 
 
+def test_a_pretraining_that_is_made_again_and_stopped_is_not_taken_for_finished(tmp_path):
+    """Its line is in the results, of another machine; half of its weights are here."""
+    write_toy(tmp_path / "toy", unlabelled=1, train=2, val=1)
+    results = tmp_path / "r.jsonl"
+    flags = ["--questions", "1", "--arms", "Siamese", "--seeds", "1", "1", "--out", str(tmp_path / "runs"), "--labels",
+             str(tmp_path / "toy" / "train.json"), "--results", str(results)]  # fmt: skip
+    (pretraining, _), rows = study.plan(settings(*flags), {})
+    results.write_text(json.dumps({"run": pretraining.name, "kind": "pretrain", "rows": rows[pretraining.name]}) + "\n")
+    folder = tmp_path / "runs" / pretraining.name
+    folder.mkdir(parents=True)
+    for step, kinds in ((200, ["pretrain", "finetune"]), (800, ["finetune"])):
+        (folder / f"step-{step:08d}.pt").touch()
+        assert [run.kind for run in transfer.Study(settings(*flags)).todo] == kinds
+
+
+def test_two_studies_into_one_file_of_results_are_refused(tmp_path):
+    write_toy(tmp_path / "toy", unlabelled=1, train=2, val=1)
+    results = tmp_path / "r.jsonl"
+    flags = ["--labels", str(tmp_path / "toy" / "train.json"), "--results", str(results)]
+    code = f"import time; from bench import transfer; study = transfer.Study(transfer.parse_args({flags} + ['--out', "
+    code += f"{str(tmp_path / 'a')!r}])); study.write(); print('open', flush=True); time.sleep(60)"
+    first = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "open\n"
+        for out, named in (("b", str(tmp_path / "r.lock")), ("a", str(tmp_path / "a"))):
+            with pytest.raises(ValueError, match=f"another study writes .*{named}"):
+                transfer.Study(settings(*flags[:2], "--out", str(tmp_path / out), "--results",
+                                        str(results if out == "b" else tmp_path / "other.jsonl")))  # fmt: skip
+        transfer.Study(settings(*flags, "--out", str(tmp_path / "b"), "--dry-run"))  # this one writes nothing
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_runs_on_labels_that_were_changed_in_between_are_not_paired():
+    lines = stored()
+    for line in lines:
+        sums = {"images and labels of --val": "67, checksum 1"} if line["method"] == "siamese" else {}
+        line["settings"] = {} if line["kind"] == "pretrain" else sums  # older runs have none
+    transfer_report.report(lines)
+    for line in lines:
+        if line["method"] == "scratch":
+            line["settings"] = {"images and labels of --val": "67, checksum 2"}
+    with pytest.raises(ValueError, match="Siamese DETR.*images and labels of --val.*67, checksum 1.*67, checksum 2"):
+        transfer_report.report(lines)
+
+
 def test_runs_that_wait_for_a_pretraining_leave_their_place_to_others(tmp_path, monkeypatch):
     args = settings("--questions", "1", "--seeds", "1", "2", "--jobs", "2", "--out", str(tmp_path),
                     "--results", str(tmp_path / "r.jsonl"), "--labels", str(ROOT / "tests" / "none"))  # fmt: skip
