@@ -378,7 +378,8 @@ class DETR(nn.Module):
         return (self.fast_backbone or self.backbone[0])(x, strides)
 
     def fold_backbone(self, dtype=torch.float32, compiled=False, trains=False):
-        """From now on take features from a folded copy of the backbone: if it trains, as it will be; else as it is."""
+        """From now on take features from a folded copy of the backbone: if it trains, as it will be; else as it is, so
+        that it is folded again after loading, moving or copying the detector."""
         self.fast_backbone = folded(self.backbone[0], dtype, compiled, trains)
 
     def encode(self, h, mask):

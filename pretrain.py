@@ -199,7 +199,7 @@ def pretrain(args, run, stop):
         print(f"{args.out}: this run is finished, {start} of {args.steps} steps; choose another --out")
         return 0
     net.detector.fold_backbone(torch.bfloat16 if args.amp else torch.float32, args.compile)
-    model = DistributedDataParallel(net) if run.world > 1 else net
+    model = DistributedDataParallel(net, broadcast_buffers=False) if run.world > 1 else net  # all equal already
     if not start:
         log.write(step=0, settings=settings, weights=weights, commit=runtime.commit(), photographs=len(train_set),
                   held_out=len(held_out), parameters=sum(p.numel() for p in parameters))  # fmt: skip

@@ -44,7 +44,8 @@ def load(device, folder=None):
                     build(commands, HERE / SOURCES[device], path)
         return bound(ctypes.CDLL(str(path)))
     except OSError as error:
-        raise BuildError(f"the compiled kernel cannot be written or loaded ({error})") from error
+        remedy = "remove the file if it is damaged, or set TORCH_EXTENSIONS_DIR to a folder that can be written"
+        raise BuildError(f"the compiled kernel cannot be written or loaded ({error}): {remedy}") from error
 
 
 def cpu_commands():
@@ -120,6 +121,8 @@ def build(commands, source, path):
         for command in commands:
             done = subprocess.run([*command, str(source), "-o", out], capture_output=True, text=True, check=False)
             if done.returncode == 0:
+                with open(out, "rb") as file:
+                    os.fsync(file.fileno())  # or a power cut leaves an empty file under the final name
                 os.replace(out, path)
                 return
     lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if "error" in line.lower()]

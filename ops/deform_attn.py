@@ -14,9 +14,11 @@ import ctypes
 import functools
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -104,8 +106,9 @@ def check_types(value, flat, locations, weights):
 
 @torch.compiler.assume_constant_result  # torch.compile asks once, while tracing
 def has_kernel(device):
-    """Whether the operator serves `device`; under torch.func it does not, as custom operators know no transforms."""
-    return kernel(device) is not None and not torch._C._are_functorch_transforms_active()
+    """Whether the operator serves `device`; not under torch.func or forward-mode AD, as it knows no transforms."""
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return kernel(device) is not None and not transformed
 
 
 def kernel(device):
@@ -126,7 +129,10 @@ def find_kernel(device):
     """(library, None), or (None, why not) after one warning. A library that disagrees with the reference is refused."""
     try:
         library = build.load(device)
-        wrong = {str(t): e for t, e in self_test(library, device).items() if not e <= LIMITS[t]}
+        place = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
+        with ThreadPoolExecutor(1) as pool:  # modes of the caller (inference, tracing) end at its thread
+            errors = pool.submit(self_test, library, place).result()
+        wrong = {str(t): e for t, e in errors.items() if not e <= LIMITS[t]}
         if not wrong:
             return library, None
         reason = f"the compiled kernel is wrong on this machine (relative errors {wrong})"
@@ -158,10 +164,9 @@ def self_test(library, device, D=32):
         *inputs, grad = (t.to(device, dtype) for t, dtype in zip(tensors, types, strict=True))
         value, *points = inputs
         ours = [run_forward(library, value, flat, *points), *run_backward(library, grad, value, flat, *points)]
-        with torch.enable_grad():  # the caller may have it off
-            inputs = [t.double().requires_grad_() for t in inputs]
-            out = reference(inputs[0], shapes, *inputs[1:])
-            right = [out.detach(), *torch.autograd.grad(out, inputs, grad.double())]
+        inputs = [t.double().requires_grad_() for t in inputs]
+        out = reference(inputs[0], shapes, *inputs[1:])
+        right = [out.detach(), *torch.autograd.grad(out, inputs, grad.double())]
         each = [(a.double() - b).abs().max() / b.abs().max() for a, b in zip(ours, right, strict=True)]
         errors[dtype] = torch.stack(each).max().item()  # a NaN stays one
     return errors

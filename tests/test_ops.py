@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 
 from ops import build, deform_attn
 from ops.deform_attn import backward_op, call, forward_op, kernel, reference, run_forward
@@ -336,6 +337,34 @@ def test_function_transforms_use_the_reference():
     assert torch.allclose(by_value, loop(value, shapes, locations, weights, grad)[1])
 
 
+def test_forward_mode_gets_no_derivative_of_zero():
+    """A kernel knows no tangents; the reference raises what grid_sample does."""
+    value, shapes, locations, weights, _ = example(*CASES["usual"])
+    with fwAD.dual_level(), pytest.raises(NotImplementedError, match="forward AD"):
+        deform_attn(fwAD.make_dual(value, value), shapes, locations, weights)
+
+
+FIRST_CALLS = {  # whatever the caller is in, the kernel is tried outside of it
+    "inference": "with torch.inference_mode(): deform_attn(*args)",
+    "grad": "torch.func.grad(lambda v: deform_attn(v, *args[1:]).sum())(args[0])",
+    "vmap": "torch.func.vmap(lambda v: deform_attn(v, *args[1:]))(args[0][None])",
+    "fake": "from torch._subclasses import FakeTensorMode\n"
+            "with FakeTensorMode() as m: deform_attn(*(a if isinstance(a, list) else m.from_tensor(a) for a in args))",
+    "device": "torch.set_default_device('meta'); deform_attn(*args)",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", FIRST_CALLS)
+def test_kernel_is_found_whichever_mode_the_first_call_is_in(call):
+    if op.find_kernel("cpu")[0] is None:
+        pytest.skip("no compiled kernel on this machine")
+    program = "import torch; from ops import deform_attn; from ops.deform_attn import kernel\n"
+    program += "args = torch.randn(1, 6, 1, 4), [(2, 3)], torch.rand(1, 5, 1, 1, 2, 2), torch.rand(1, 5, 1, 1, 2)\n"
+    program += f"{FIRST_CALLS[call]}\nassert kernel('cpu') is not None"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.returncode}: {done.stderr[-500:]}"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Building
 # ---------------------------------------------------------------------------------------------------------------------
@@ -387,7 +416,7 @@ def library_without_its_functions(patch, tmp_path):
     [
         (no_compiler, r"no C\+\+ compiler \(c\+\+ or g\+\+ or clang\+\+\) on the PATH"),
         (failing_compiler, r"false .* failed: exit status 1"),
-        (unwritable_home, "cannot be written or loaded .*Not a directory"),
+        (unwritable_home, "cannot be written or loaded .*Not a directory.*set TORCH_EXTENSIONS_DIR"),
         (wrong_kernel, "wrong on this machine"),
         (kernel_that_does_not_run, "does not run here .CUDA driver version is insufficient"),
         (library_without_its_functions, "does not run here .*undefined symbol"),
