@@ -392,9 +392,10 @@ def evaluated(args, classes):
     if all(data.is_voc(Path(path)) for path in args.val):  # which lists all 20 classes of VOC, whichever it has
         used = set(torch.cat(found.labels).tolist())
         kept = [k for k, (_, name) in enumerate(found.categories) if name in number or k in used]
-        labels = [torch.tensor([kept.index(k) for k in x.tolist()], dtype=x.dtype) for x in found.labels]
+        place = torch.tensor([k in kept for k in range(len(found.categories))]).cumsum(0) - 1  # among those kept
         names = [found.categories[k][1] for k in kept]
-        found = found._replace(labels=labels, categories=[(number.get(name, name), name) for name in names])
+        categories = [(number.get(name, name), name) for name in names]
+        found = found._replace(labels=[place[x] for x in found.labels], categories=categories)
     for k, name in found.categories:
         if dict(map(tuple, classes)).get(k) not in (name, str(k)):
             have = convert.few([f"{k} ({v})" for k, v in classes])

@@ -332,6 +332,17 @@ def stop_not_finite(out, log, step, state, lr, terms, images):
     raise ValueError(f"step {step}: the gradient is not finite ({where}); lower --lr, or train without --amp")
 
 
+def claim(path, text):
+    """The open file `path`, locked until it is closed or the process ends; ValueError if another process has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(path, "a")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ValueError(f"another process is writing {text}") from error
+    return lock
+
+
 class Log:
     """One JSON object a line in out/log.jsonl, and the same to read on stdout; silent on every rank but 0.
 
@@ -342,13 +353,7 @@ class Log:
     def __init__(self, out, rank, step=0):
         self.path = Path(out) / "log.jsonl" if rank == 0 else None
         if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.path.with_name("lock"), "a")  # locked until it is closed or the process ends
-            try:
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                text = f"another process is writing {out}: wait for its end, or give another --out"
-                raise ValueError(text) from error
+            self.lock = claim(self.path.with_name("lock"), f"{out}: wait for its end, or give another --out")
             lines = self.path.read_text("utf-8").splitlines() if step and self.path.exists() else []
             new = self.path.with_name(".log.jsonl.new")
             new.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step), "utf-8")

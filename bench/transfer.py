@@ -12,7 +12,6 @@ bench/transfer_numbers.py; tables and pictures in bench/transfer_report.py. Ctrl
 
 import argparse
 import contextlib
-import fcntl
 import json
 import os
 import platform
@@ -91,8 +90,10 @@ class Study:
 
     def __init__(self, args):
         self.args, self.out, self.processes, self.stopping = args, args.out, [], False
-        locks = (args.out / "lock", args.results.with_suffix(".lock"))
-        self.claims = [] if args.dry_run else [claim(path) for path in locks]  # before the results are read
+        # before the results are read
+        places = {args.out / "lock": args.out, args.results.with_suffix(".lock"): args.results}
+        self.claims = [runtime.claim(lock, f"{place}: wait for it, or use --jobs")
+                       for lock, place in places.items() if not args.dry_run]  # fmt: skip
         self.siamese, self.lock, self.boxes_lock = siamese(args).name, threading.Lock(), threading.Lock()
         self.lines = {line["run"]: line for line in numbers.read(args.results, missing_ok=True)}
         chosen = {line["key"]: line["lr"] for line in numbers.best_rates(self.lines.values())}
@@ -270,17 +271,6 @@ class Study:
         new = self.args.results.with_suffix(".new")
         new.write_text("".join(json.dumps(line) + "\n" for line in self.lines.values()))
         os.replace(new, self.args.results)
-
-
-def claim(path):
-    """The open file `path`, locked until it is closed or the process ends; ValueError if another process has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = open(path, "a")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise ValueError(f"another study writes what {path} is for: wait for it, or use --jobs") from error
-    return lock
 
 
 def write_split(labels, out):

@@ -466,8 +466,8 @@ def test_two_studies_into_one_file_of_results_are_refused(tmp_path):
     first = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert first.stdout.readline() == "open\n"
-        for out, named in (("b", str(tmp_path / "r.lock")), ("a", str(tmp_path / "a"))):
-            with pytest.raises(ValueError, match=f"another study writes .*{named}"):
+        for out, named in (("b", str(tmp_path / "r.jsonl")), ("a", str(tmp_path / "a"))):
+            with pytest.raises(ValueError, match=f"another process is writing {named}: wait"):
                 transfer.Study(settings(*flags[:2], "--out", str(tmp_path / out), "--results",
                                         str(results if out == "b" else tmp_path / "other.jsonl")))  # fmt: skip
         transfer.Study(settings(*flags, "--out", str(tmp_path / "b"), "--dry-run"))  # this one writes nothing
