@@ -68,7 +68,10 @@ STUDY = {  # question: ((pretraining seeds, fine-tuning seeds), {row: Arm}); a r
         "32 pseudo-classes": Arm(CONDITIONAL, SIAMESE + " --pseudo-classes {classes}"),
         "second round on its own boxes": Arm(CONDITIONAL, SIAMESE.replace("{edgeboxes}", "{own-boxes}")),
         "decoder consistency": Arm(CONDITIONAL, SIAMESE + " --decoder-consistency"),
-        "Hungarian matching": Arm(CONDITIONAL, SIAMESE.replace("group", "hungarian"))}),
+        "Hungarian matching": Arm(CONDITIONAL, SIAMESE.replace("group", "hungarian")),
+        "UP-DETR, Hungarian matching": Arm(CONDITIONAL, UPDETR.replace("group", "hungarian")),
+        "UP-DETR, EdgeBoxes, Hungarian matching": Arm(
+            CONDITIONAL, UPDETR.replace("group", "hungarian").replace("random", "{edgeboxes}"))}),
 }  # fmt: skip
 NEEDS = {  # what a {name} in the flags stands for: the file or folder, and the command that makes it
     "edgeboxes": ("edgeboxes/meta.json", "proposals.py {data} {out}/edgeboxes --workers 1"),
