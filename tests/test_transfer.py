@@ -138,6 +138,15 @@ def test_question_1_has_the_runs_that_the_budget_counts_on():
     assert sum(study.stated_minutes(run, images=64) for run in runs) < 8  # proposals and evaluation come on top
 
 
+def test_methods_with_hungarian_matching_differ_from_question_1_in_that_alone_and_share_what_has_it_already():
+    first, paper = (study.plan(settings("--questions", question), {})[0] for question in ("1", "1h"))
+    ours, theirs = ({run.flags for run in runs if run.kind == "pretrain"} for runs in (first, paper))
+    moved = {flags.replace("--match group", "--match hungarian") for flags in ours}
+    assert moved <= theirs and not any("group" in flags for flags in theirs)
+    shared = {run.name for run in first} & {run.name for run in paper}
+    assert {name.split("-")[2] for name in shared} == {"detreg", "scratch"}
+
+
 def test_rows_of_a_seed_differ_in_nothing_but_the_start_and_the_tuned_rate():
     rate = study.rate_key(study.Arm(study.CONDITIONAL, study.SIAMESE))
     runs, _ = study.plan(settings(), {rate: "5e-4"})
