@@ -77,6 +77,16 @@ def main_rows(lines):
     return [row for question in ("1", "1h", "1m") for row in rows_of(lines, question) if row.runs]
 
 
+def new_rows(rows):
+    """Without those whose runs an earlier row has, all of them."""
+    seen, kept = set(), []
+    for row in rows:
+        runs = {run["run"] for run in row.runs}
+        kept += [row] if runs - seen else []
+        seen |= runs
+    return kept
+
+
 def percent(found):
     return tuple(None if x is None else 100 * x for x in found)
 
@@ -110,7 +120,7 @@ def report(lines):
     if tried:
         table = [[name, *(f"{100 * aps[rate]:.1f}" for rate in RATES)] for name, aps in tried.items()]
         parts += ["**Learning rates tried**: AP on the split.", markdown(["", *RATES], table)]
-    methods = main_rows(lines)
+    methods = new_rows(main_rows(lines))
     if methods:
         parts += [
             "**How fast** (Figure 6): epochs until half and all of what from scratch has at the end, and AP after 10 % "
@@ -181,7 +191,8 @@ def results(rows, main):
         cell = [row.label, f"{seeds[0] if row.pre else '-'} x {seeds[1]}", row.runs[0]["lr"]]
         cell += [number(row.values(metric(key))[0]) for key in ("AP", "AP50", "AP75")]
         cell += [with_interval(row.gain(of) if row.gains else None) for of in gains]
-        cell += [with_interval(row.gain(of, main) if row is not main else None) for of in gains[::3]] if main else []
+        against = row.gains and row is not main  # from scratch has its difference to the main row in that one's line
+        cell += [with_interval(row.gain(of, main) if against else None) for of in gains[::3]] if main else []
         table.append(cell)
     text = markdown(head, table)
     for row in [row for row in rows if row.method == "siamese"] if main is None else ():

@@ -260,9 +260,9 @@ def test_grid_by_threshold_averages_to_the_scripts_ap_and_recall_of_the_truth_is
 # ---------------------------------------------------------------- the report
 
 
-def stored(pre=2, seeds=3, gain=0.05):
+def stored(pre=2, seeds=3, gain=0.05, questions=("1", "1m", "2", "5")):
     """Results as a study would leave them: from scratch has 0.2 + 0.01 seed, Siamese `gain` more, UP-DETR half."""
-    runs, rows = study.plan(settings("--questions", "1", "1m", "2", "5", "--seeds", str(pre), str(seeds)), {})
+    runs, rows = study.plan(settings("--questions", *questions, "--seeds", str(pre), str(seeds)), {})
     lines = []
     for run in runs:
         line = {"run": run.name, "kind": run.kind, "rows": rows[run.name], "key": study.rate_key(run.arm),
@@ -310,6 +310,18 @@ def test_report_gives_paired_gains_with_intervals_and_marks_what_does_not_use_it
     assert "(regions **not used**)" in transfer_report.report(lines)
     assert all(len(set(line.count("|") for line in table.splitlines())) == 1
                for table in transfer_report.report(lines).split("\n\n") if table.startswith("|"))  # fmt: skip
+
+
+def test_rows_with_the_papers_matching_are_held_against_siamese_detr_and_told_once_where_question_1_has_their_runs():
+    text = transfer_report.report(stored(questions=("1", "1h")))
+    table = text.split("**Methods, with the paper's Hungarian matching**")[1].split("\n\n")[1]
+    last = {row.split(" |")[0][2:]: row.split("|")[-3].strip() for row in table.splitlines()[2:]}
+    assert last["Hungarian, from scratch"] == last["Hungarian, Siamese DETR"] == "-"
+    assert last["Hungarian, UP-DETR"].startswith("-2.5 [") and last["Hungarian, DETReg"].startswith("-5.0 [")
+    for title, lines_each in (("**How fast**", 1), ("**How tight**", 3)):
+        rows = text.split(title)[1].split("\n\n")[1].splitlines()
+        for name, times in (("UP-DETR", 1), ("DETReg", 0), ("from scratch", 0)):
+            assert sum(row.startswith(f"| Hungarian, {name} |") for row in rows) == times * lines_each, (title, name)
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 5, 8, 13, 40])
