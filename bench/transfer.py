@@ -203,16 +203,21 @@ class Study:
             self.record(run, folder, log[0], line)
 
     def record(self, run, folder, first, line):
-        rows = self.lines.get(run.name, {}).get("rows", [])
-        rows += [row for row in self.rows[run.name] if row not in rows]
+        """The line of a finished run; one whose weights were lost stays as published, repetitions in "again"."""
         settings = {k: v for k, v in first["settings"].items() if v is not None and v is not False}
         seconds = json.loads((folder / "cpu.json").read_text())
-        self.lines[run.name] = {
-            "run": run.name, "kind": run.kind, "rows": rows, "key": rate_key(run.arm),
+        made = {"commit": first["commit"], "machine": machine(), "date": time.strftime("%F"),
+                "cpu_seconds": round(seconds), **line}  # fmt: skip
+        known = self.lines.setdefault(run.name, {
+            "run": run.name, "kind": run.kind, "rows": [], "key": rate_key(run.arm),
             "method": method(run.arm), "model": run.arm.model, "fraction": run.arm.fraction, "pre_seed": run.pre_seed,
-            "seed": run.seed, "init": run.init, "lr": run.rate, "length": length(run.flags), "settings": settings,
-            "commit": first["commit"], "machine": machine(), "date": time.strftime("%F"),
-            "cpu_seconds": round(seconds), **line}  # fmt: skip
+            "seed": run.seed, "init": run.init, "lr": run.rate, "length": length(run.flags),
+            "settings": settings})  # fmt: skip
+        known["rows"] += [row for row in self.rows[run.name] if row not in known["rows"]]
+        if "cpu_seconds" in known:
+            known.setdefault("again", []).append(made)
+        else:
+            known |= made
         self.write()
         left = [r for r in self.todo if r.name not in self.lines]
         result = f"AP {100 * line['AP']:.1f}" if "AP" in line else f"IoU gain {line.get('iou_gain', float('nan')):.3f}"

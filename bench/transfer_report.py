@@ -145,12 +145,16 @@ def hours_of_the_fastest(lines):
 def facts(lines):
     """What was run, where, at what cost."""
     rates = numbers.best_rates(lines)
-    hours, commits = sum(line["cpu_seconds"] for line in lines) / 3600, sorted({str(line["commit"]) for line in lines})
+    repeated = [again for line in lines for again in line.get("again", [])]
+    made = [*lines, *repeated]
+    hours, commits = sum(one["cpu_seconds"] for one in made) / 3600, sorted({str(one["commit"]) for one in made})
     fastest = hours_of_the_fastest(lines)
     kinds = {kind: sum(line["kind"] == kind for line in lines) for kind in ("pretrain", "finetune", "rate")}
-    done, machines = max(line["date"] for line in lines), sorted({line["machine"] for line in lines})
+    more = f" and {len(repeated)} repetition{'s'[: len(repeated) != 1]} of pretrainings whose weights were lost"
+    more = more if repeated else ""
+    done, machines = max(one["date"] for one in made), sorted({one["machine"] for one in made})
     text = f"""{kinds["pretrain"]} pretrainings, {kinds["finetune"]} fine-tunings, {kinds["rate"]} runs to choose
-learning rates: {hours:.1f} CPU-hours, one thread a run, on {"; ".join(machines)}, until {done}
+learning rates{more}: {hours:.1f} CPU-hours, one thread a run, on {"; ".join(machines)}, until {done}
 ({fastest:.1f} had every run been as fast as the fastest like it: machines differ). Commits {", ".join(commits)}.
 All numbers: MobileNetV2 with *supervised ImageNet weights*, frozen, where the paper uses SwAV's ResNet-50. Intervals
 are 95 %, by a crossed bootstrap over pretraining and fine-tuning seeds, and none is given for fewer than three runs.

@@ -478,6 +478,24 @@ def test_a_pretraining_that_is_made_again_and_stopped_is_not_taken_for_finished(
         assert [run.kind for run in transfer.Study(settings(*flags)).todo] == kinds
 
 
+def test_a_repetition_stands_beside_what_was_published_and_its_time_counts(tmp_path):
+    flags = ["--questions", "1", "--arms", "Siamese", "--seeds", "1", "1", "--out", str(tmp_path / "runs"), "--labels",
+             str(write_toy(tmp_path / "toy", unlabelled=1, train=2, val=1) / "train.json"),
+             "--results", str(tmp_path / "r.jsonl")]  # fmt: skip
+    study_of_one = transfer.Study(settings(*flags))
+    pretraining = study_of_one.todo[0]
+    (tmp_path / "cpu.json").write_text("3600")
+    for commit, gain in (("first", 0.2), ("second", 0.3)):
+        log = {"settings": {}, "commit": commit}
+        found = {"iou_gain": gain, "iou_gain_95": 0.02, "cos_gain": 0.1, "cos_gain_95": 0.01, "before": {}}
+        study_of_one.record(pretraining, tmp_path, log, found)
+    (line,) = numbers.read(tmp_path / "r.jsonl")
+    assert (line["commit"], line["iou_gain"], line["cpu_seconds"]) == ("first", 0.2, 3600)
+    assert [(one["commit"], one["iou_gain"], one["cpu_seconds"]) for one in line["again"]] == [("second", 0.3, 3600)]
+    text = transfer_report.facts([line])
+    assert "2.0 CPU-hours" in text and "1 repetition" in text and "first, second" in text.replace("\n", " ")
+
+
 def test_two_studies_into_one_file_of_results_are_refused(tmp_path):
     write_toy(tmp_path / "toy", unlabelled=1, train=2, val=1)
     results = tmp_path / "r.jsonl"
