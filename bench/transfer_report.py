@@ -24,13 +24,13 @@ from proposals import Cache
 BEGIN, END = "<!-- transfer:begin -->", "<!-- transfer:end -->"
 TITLES = {
     "1": "**Methods** (Tables 1 and 2 in miniature).",
-    "1h": "**Methods, with the paper's Hungarian matching** instead of group matching (DETReg has it above, too).",
+    "1h": "**Methods, with the paper's Hungarian matching** instead of group matching (DETReg: its runs from above).",
     "1r": "**Is it the learning rate?** From scratch at the rate of the pretrained rows, too.",
     "1l": "**Does it last?** Two of these rows, fine-tuned four times as long at the same rates.",
     "1m": "**Methods, Deformable multi-scale.**",
     "1b": "**Other detectors, more queries, fewer labels.** `--fraction` with as many more epochs: as many steps.",
     "2": "**Pretext tasks and proposals** (Tables 3 and 4 in miniature).",
-    "6": "**Switches beyond the paper.**",
+    "6": "**Switches**, beyond the paper but for its Hungarian matching; *as it is* has group matching.",
 }
 MAIN = {"1h": "Hungarian, Siamese DETR", "2": "(e) R-C + G", "6": "as it is"}  # what other rows are held against
 IOUS = [50, 55, 60, 65, 70, 75, 80, 85, 90, 95]
@@ -59,8 +59,9 @@ class Row:
     @property
     def label(self):
         """The name, with a mark where held-out regions are not found: such a run is Siamese DETR by name only."""
-        unused = [p for p in self.pre if "iou_gain" in p and p["iou_gain"] <= p.get("iou_gain_95", 0)]
-        return self.name + (" (regions **not used**)" if unused else "")
+        unused = sum("iou_gain" in p and p["iou_gain"] <= p.get("iou_gain_95", 0) for p in self.pre)
+        some = f" in {unused} of {len(self.pre)} pretrainings" if unused < len(self.pre) else ""
+        return self.name + (f" (regions **not used**{some})" if unused else "")
 
     def values(self, value):
         """(mean, low, high) of a number of the runs, in percent."""
@@ -123,8 +124,9 @@ def report(lines):
     methods = new_rows(main_rows(lines))
     if methods:
         parts += [
-            "**How fast** (Figure 6): epochs until half and all of what from scratch has at the end, and AP after 10 % "
-            f"of the schedule ({methods[0].runs[0]['length'][0] / 10:g} epochs).", convergence(methods),
+            "**How fast** (Figure 6): epochs until half and all of what from scratch has at the end, with the same "
+            "seeds, and AP after 10 % of the schedule "
+            f"({methods[0].runs[0]['length'][0] / 10:g} epochs).", convergence(methods),
             "**How tight** (Figure 4): AP from scratch and what pretraining adds, by IoU threshold and size of the "
             "object. The last column: does the gain grow from IoU 0.50 to 0.75?", by_threshold(methods)]  # fmt: skip
     pre = [row for question in ("5", "1", "1h", "1m", "2", "6") for row in rows_of(lines, question) if row.pre]
@@ -215,9 +217,11 @@ def versus(rows, others):
 def convergence(rows):
     table = []
     for row in rows:
-        if not row.scratch:
+        seeds = {line["seed"] for line in row.runs}
+        held = [line for line in row.scratch if line["seed"] in seeds]
+        if not held:
             continue
-        goal = np.mean([line["curve"]["AP"] for line in row.scratch], 0)[-1]  # from scratch reaches it, to the last bit
+        goal = np.mean([line["curve"]["AP"] for line in held], 0)[-1]  # from scratch reaches it, to the last bit
         epochs = row.runs[0]["curve"]["epoch"]
         mean = np.mean([r["curve"]["AP"] for r in row.runs], 0)
         until = [numbers.epochs_until(epochs, mean, share * goal) for share in (0.5, 1)]
