@@ -219,6 +219,7 @@ class Study:
         else:
             known |= made
         self.write()
+        (folder / "cpu.json").unlink()  # or a repetition in the same folder would count this time, too
         left = [r for r in self.todo if r.name not in self.lines]
         result = f"AP {100 * line['AP']:.1f}" if "AP" in line else f"IoU gain {line.get('iou_gain', float('nan')):.3f}"
         print(f"[{len(self.runs) - len(left)}/{len(self.runs)}] {run.name}  {seconds / 60:.1f} CPU-min  {result}; "

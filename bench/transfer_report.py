@@ -74,8 +74,8 @@ class Row:
         return percent(interval(pairs)) if pairs else None
 
 
-def main_rows(lines):
-    return [row for question in ("1", "1h", "1m") for row in rows_of(lines, question) if row.runs]
+def main_rows(lines, questions=("1", "1h", "1m")):
+    return [row for question in questions for row in rows_of(lines, question) if row.runs]
 
 
 def new_rows(rows):
@@ -116,8 +116,8 @@ def report(lines):
         if question == "1r" and rows:
             parts[-1] += versus([row for row in rows_of(lines, "1") if row.method == "siamese"], rows)
     rates = {best["key"]: best["tried"] for best in numbers.best_rates(lines)}
-    tuned = [row for question in ("1", "1m") for row in rows_of(lines, question) if row.runs]
-    tried = {row.name: rates[row.runs[0]["key"]] for row in tuned if row.runs[0]["key"] in rates}
+    tuned = [row for row in main_rows(lines, ("1", "1m")) if row.runs[0]["key"] in rates]
+    tried = {row.name: rates[row.runs[0]["key"]] for row in tuned}
     if tried:
         table = [[name, *(f"{100 * aps[rate]:.1f}" for rate in RATES)] for name, aps in tried.items()]
         parts += ["**Learning rates tried**: AP on the split.", markdown(["", *RATES], table)]
@@ -152,8 +152,7 @@ def facts(lines):
     hours, commits = sum(one["cpu_seconds"] for one in made) / 3600, sorted({str(one["commit"]) for one in made})
     fastest = hours_of_the_fastest(lines)
     kinds = {kind: sum(line["kind"] == kind for line in lines) for kind in ("pretrain", "finetune", "rate")}
-    more = f" and {len(repeated)} repetition{'s'[: len(repeated) != 1]} of pretrainings whose weights were lost"
-    more = more if repeated else ""
+    more = f" and {len(repeated)} made again after their weights were lost" if repeated else ""
     done, machines = max(one["date"] for one in made), sorted({one["machine"] for one in made})
     text = f"""{kinds["pretrain"]} pretrainings, {kinds["finetune"]} fine-tunings, {kinds["rate"]} runs to choose
 learning rates{more}: {hours:.1f} CPU-hours, one thread a run, on {"; ".join(machines)}, until {done}

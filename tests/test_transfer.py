@@ -498,8 +498,9 @@ def test_a_repetition_stands_beside_what_was_published_and_its_time_counts(tmp_p
              "--results", str(tmp_path / "r.jsonl")]  # fmt: skip
     study_of_one = transfer.Study(settings(*flags))
     pretraining = study_of_one.todo[0]
-    (tmp_path / "cpu.json").write_text("3600")
     for commit, gain in (("first", 0.2), ("second", 0.3)):
+        assert not (tmp_path / "cpu.json").exists()  # the first one's time does not count twice
+        (tmp_path / "cpu.json").write_text("3600")
         log = {"settings": {}, "commit": commit}
         found = {"iou_gain": gain, "iou_gain_95": 0.02, "cos_gain": 0.1, "cos_gain_95": 0.01, "before": {}}
         study_of_one.record(pretraining, tmp_path, log, found)
@@ -507,7 +508,7 @@ def test_a_repetition_stands_beside_what_was_published_and_its_time_counts(tmp_p
     assert (line["commit"], line["iou_gain"], line["cpu_seconds"]) == ("first", 0.2, 3600)
     assert [(one["commit"], one["iou_gain"], one["cpu_seconds"]) for one in line["again"]] == [("second", 0.3, 3600)]
     text = transfer_report.facts([line])
-    assert "2.0 CPU-hours" in text and "1 repetition" in text and "first, second" in text.replace("\n", " ")
+    assert "2.0 CPU-hours" in text and "1 made again" in text and "first, second" in text.replace("\n", " ")
 
 
 def test_two_studies_into_one_file_of_results_are_refused(tmp_path):
