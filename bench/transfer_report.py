@@ -116,8 +116,8 @@ def report(lines):
         if question == "1r" and rows:
             parts[-1] += versus([row for row in rows_of(lines, "1") if row.method == "siamese"], rows)
     rates = {best["key"]: best["tried"] for best in numbers.best_rates(lines)}
-    tuned = [row for row in main_rows(lines, ("1", "1m")) if row.runs[0]["key"] in rates]
-    tried = {row.name: rates[row.runs[0]["key"]] for row in tuned}
+    tuned = {row.runs[0]["key"]: row.name for row in reversed(main_rows(lines, ("1", "1m")))}  # later rows take theirs
+    tried = {name: rates[key] for key, name in reversed(tuned.items()) if key in rates}
     if tried:
         table = [[name, *(f"{100 * aps[rate]:.1f}" for rate in RATES)] for name, aps in tried.items()]
         parts += ["**Learning rates tried**: AP on the split.", markdown(["", *RATES], table)]

@@ -369,6 +369,16 @@ def test_report_takes_the_runs_of_the_tuned_rate_and_refuses_two_runs_of_a_seed(
     assert transfer_report.report([*lines, old, *rates]).count("| 21.0 |") > 0
 
 
+def test_rates_are_told_by_the_row_they_were_tried_for_alone():
+    lines = stored(questions=("1m",))
+    like = next(line for line in lines if line["method"] == "siamese" and line["kind"] == "finetune")
+    rates = [{**like, "run": rate, "kind": "rate", "lr": rate, "rows": []} for rate in study.RATES]
+    for line in lines:
+        line["lr"] = study.RATES[0]
+    table = transfer_report.report([*lines, *rates]).split("**Learning rates tried**")[1].split("\n\n")[1]
+    assert [row.split(" |")[0] for row in table.splitlines()[2:]] == ["| Deformable-MS, Siamese DETR"]
+
+
 def test_a_row_at_a_rate_of_its_own_is_held_against_scratch_and_pretrained_rows_and_is_no_ones_scratch():
     lines, args = stored(), settings("--questions", "1r", "--seeds", "1", "3")
     before = transfer_report.report(lines)
