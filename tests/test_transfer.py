@@ -598,7 +598,7 @@ def test_lines_and_bars_show_their_intervals_and_do_without(tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_study_of_two_rows_and_two_seeds_is_interrupted_goes_on_and_is_reported(tmp_path, capsys):
-    toy, out = write_toy(tmp_path / "toy", unlabelled=12, train=8, val=4, size=64), tmp_path / "runs"
+    toy, out = write_toy(tmp_path / "my toy", unlabelled=12, train=8, val=4, size=64), tmp_path / "my runs"
     results = tmp_path / "r.jsonl"
     command = [sys.executable, "-m", "bench.transfer", "--data", str(toy / "unlabelled"), "--out", str(out),
                "--labels", str(toy / "train.json"), "--val", str(toy / "val.json"), "--results", str(results),
