@@ -108,6 +108,7 @@ class Study:
         self.images = len(numbers.open_labels(args.labels).dataset["images"])
         again = {run.name for run in self.runs if run.name in wanted and not self.whole(run)}  # done, its weights gone
         self.todo = [run for run in self.runs if run.name not in self.lines or run.name in again]
+        self.left = list(self.todo)  # until they have finished
 
     def go(self):
         """Say what there is to do and, but for --dry-run, do it; returns the exit code."""
@@ -220,10 +221,10 @@ class Study:
             known |= made
         self.write()
         (folder / "cpu.json").unlink()  # or a repetition in the same folder would count this time, too
-        left = [r for r in self.todo if r.name not in self.lines]
+        self.left.remove(run)
         result = f"AP {100 * line['AP']:.1f}" if "AP" in line else f"IoU gain {line.get('iou_gain', float('nan')):.3f}"
-        print(f"[{len(self.runs) - len(left)}/{len(self.runs)}] {run.name}  {seconds / 60:.1f} CPU-min  {result}; "
-              f"{sum(map(self.minutes, left)) / 60:.1f} CPU-hours left", flush=True)  # fmt: skip
+        print(f"[{len(self.runs) - len(self.left)}/{len(self.runs)}] {run.name}  {seconds / 60:.1f} CPU-min  {result}; "
+              f"{sum(map(self.minutes, self.left)) / 60:.1f} CPU-hours left", flush=True)  # fmt: skip
 
     def look_before(self, run, folder):
         """Recall of the pretrained detector's own boxes on --val, before it sees a label."""

@@ -506,9 +506,9 @@ def test_a_repetition_stands_beside_what_was_published_and_its_time_counts(tmp_p
     flags = ["--questions", "1", "--arms", "Siamese", "--seeds", "1", "1", "--out", str(tmp_path / "runs"), "--labels",
              str(write_toy(tmp_path / "toy", unlabelled=1, train=2, val=1) / "train.json"),
              "--results", str(tmp_path / "r.jsonl")]  # fmt: skip
-    study_of_one = transfer.Study(settings(*flags))
-    pretraining = study_of_one.todo[0]
     for commit, gain in (("first", 0.2), ("second", 0.3)):
+        study_of_one = transfer.Study(settings(*flags))
+        pretraining = study_of_one.todo[0]
         assert not (tmp_path / "cpu.json").exists()  # the first one's time does not count twice
         (tmp_path / "cpu.json").write_text("3600")
         log = {"settings": {}, "commit": commit}
@@ -519,6 +519,18 @@ def test_a_repetition_stands_beside_what_was_published_and_its_time_counts(tmp_p
     assert [(one["commit"], one["iou_gain"], one["cpu_seconds"]) for one in line["again"]] == [("second", 0.3, 3600)]
     text = transfer_report.facts([line])
     assert "2.0 CPU-hours" in text and "1 made again" in text and "first, second" in text.replace("\n", " ")
+
+
+def test_progress_counts_pretrainings_that_are_made_again_as_still_to_do(tmp_path, capsys):
+    labels = write_toy(tmp_path / "toy", unlabelled=1, train=2, val=1) / "train.json"
+    flags = ["--arms", "Siamese", "--seeds", "2", "1", "--out", str(tmp_path / "runs"), "--labels", str(labels),
+             "--results", str(tmp_path / "r.jsonl")]  # fmt: skip
+    for _ in range(2):
+        study_of_two = transfer.Study(settings(*flags))
+        for done, pretraining in enumerate([run for run in study_of_two.todo if run.kind == "pretrain"], start=1):
+            (tmp_path / "cpu.json").write_text("3600")
+            study_of_two.record(pretraining, tmp_path, {"settings": {}, "commit": "abc"}, {"iou_gain": 0.2})
+            assert f"[{done}/4]" in capsys.readouterr().out
 
 
 def test_two_studies_into_one_file_of_results_are_refused(tmp_path):
