@@ -166,7 +166,8 @@ seeds in all rows. Differences are paired: over the seeds that both rows have. "
     if rates:
         text += f"""
 Learning rates of {len(rates)} rows were chosen by AP on a fifth of the training images, after training on the other
-four fifths at half length with one seed (below); the other rows take their method's of Conditional."""
+four fifths at half length with one seed (below); the other rows take their method's, of their detector or else of
+Conditional."""
     else:
         text += "The learning rate of fine-tuning was not tuned."
     pairs = [[minus(cells(row.runs, of), cells(row.scratch, of), scratch=True) for of in (metric("AP"), over_the_run)]
