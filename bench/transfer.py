@@ -185,8 +185,8 @@ class Study:
             if "{own-boxes}" in run.flags and not (self.out / NEEDS["own-boxes"][0]).exists():
                 self.call(NEEDS["own-boxes"][1], "own-boxes")
         folder, script = self.out / run.name, "pretrain.py" if run.kind == "pretrain" else "finetune.py"
-        flags, init = (f"{run.flags} --init {{init}}", self.checkpoint(run.init)) if run.init else (run.flags, None)
-        self.call(f"{script} {flags} --out {{folder}}", run.name, init)
+        flags = run.flags + " --init {init}" * bool(run.init)
+        self.call(f"{script} {flags} --out {{folder}}", run.name, run.init)
         log = plots.read_log(folder)
         if run.kind == "pretrain":
             report = next((row for row in reversed(log) if "iou_own" in row), {})
@@ -230,13 +230,13 @@ class Study:
         """Recall of the pretrained detector's own boxes on --val, before it sees a label."""
         if not (folder / "boxes" / "meta.json").exists():
             self.call("finetune.py --predict {val} --export-proposals {folder}/boxes --resolution 256 --init {init} "
-                      f"{self.args.extra} --out {{folder}}", run.name, self.checkpoint(run.name))  # fmt: skip
+                      f"{self.args.extra} --out {{folder}}", run.name)  # fmt: skip
         return numbers.recall_of_boxes(self.args.val, folder / "boxes")
 
     def evaluate(self, run, folder):
         """AP of the last weights at each IoU threshold, for all, small, medium and large objects."""
         self.call("finetune.py --eval-only --init {init} --val {val} --save-json {folder}/detections.json --workers 0 "
-                  f"{self.args.extra} --out {{folder}}", run.name, self.checkpoint(run.name))  # fmt: skip
+                  f"{self.args.extra} --out {{folder}}", run.name)  # fmt: skip
         return numbers.grid(self.args.val, folder / "detections.json")
 
     def checkpoint(self, name):
@@ -251,12 +251,13 @@ class Study:
     def call(self, command, name, init=None):
         """One of the scripts in a process of one thread; its words go to OUT/name.txt, its CPU time to a file there.
 
-        Paths stand in the command as {names}, filled in after it is cut into words: a path may have spaces.
+        Paths stand in the command as {names}, filled in after it is cut into words: a path may have spaces. {init} are
+        the newest weights of the run `init`, by default of `name` itself.
         """
         places = {name: self.out / made[0].removesuffix("/meta.json") for name, made in NEEDS.items()}
         places |= {name: getattr(self.args, name) for name in ("data", "scenes", "labels", "val", "out")}
         places |= {"split": self.out / "split", "siamese": self.checkpoint(self.siamese)}
-        places |= {"folder": self.out / name, "init": init}
+        places |= {"folder": self.out / name, "init": self.checkpoint(init or name)}
         script, *flags = (word.format_map(places) for word in command.split())
         self.out.mkdir(parents=True, exist_ok=True)
         with open(self.out / f"{name}.txt", "a") as words:
