@@ -255,7 +255,7 @@ class Study:
         the newest weights of the run `init`, by default of `name` itself.
         """
         places = {name: self.out / made[0].removesuffix("/meta.json") for name, made in NEEDS.items()}
-        places |= {name: getattr(self.args, name) for name in ("data", "scenes", "labels", "val", "out")}
+        places |= {name: getattr(self.args, name) for name in ("data", "scenes", "labels", "val", "out", "jobs")}
         places |= {"split": self.out / "split", "siamese": self.checkpoint(self.siamese)}
         places |= {"folder": self.out / name, "init": self.checkpoint(init or name)}
         script, *flags = (word.format_map(places) for word in command.split())

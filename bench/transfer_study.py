@@ -79,11 +79,11 @@ STUDY = {  # question: ((pretraining seeds, fine-tuning seeds), {row: Arm}); a r
         "Hungarian matching": Arm(CONDITIONAL, SIAMESE.replace("group", "hungarian"))}),
 }  # fmt: skip
 NEEDS = {  # what a {name} in the flags stands for: the file or folder, and the command that makes it
-    "edgeboxes": ("edgeboxes/meta.json", "proposals.py {data} {out}/edgeboxes --workers 1"),
-    "selective-search": ("selective-search/meta.json",
-                         "proposals.py {data} {out}/selective-search --kind selective-search --draws 2 --workers 1"),
+    "edgeboxes": ("edgeboxes/meta.json", "proposals.py {data} {out}/edgeboxes --workers {jobs}"),
+    "selective-search": ("selective-search/meta.json", "proposals.py {data} {out}/selective-search "
+                         "--kind selective-search --draws 2 --workers {jobs}"),
     "classes": ("edgeboxes/classes-32.npy", "proposals.py {data} {out}/edgeboxes --cluster 32 --backbone mobilenet_v2"),
-    "scenes-edgeboxes": ("scenes-edgeboxes/meta.json", "proposals.py {scenes} {out}/scenes-edgeboxes --workers 1"),
+    "scenes-edgeboxes": ("scenes-edgeboxes/meta.json", "proposals.py {scenes} {out}/scenes-edgeboxes --workers {jobs}"),
     "own-boxes": ("own-boxes/meta.json", "finetune.py --export-proposals {out}/own-boxes --predict {data} "
                   "--resolution 192 --init {siamese} --out {out}"),
 }  # fmt: skip

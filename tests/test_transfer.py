@@ -20,10 +20,10 @@ import finetune
 import metrics
 import plots
 import pretrain
+import proposals
 from bench import transfer, transfer_report
 from bench import transfer_numbers as numbers
 from bench import transfer_study as study
-from proposals import write_cache
 from toyset import write_toy
 
 ROOT = Path(__file__).parents[1]
@@ -200,6 +200,10 @@ def test_every_flag_of_the_study_is_one_of_the_scripts():
     runs, _ = study.plan(settings("--questions", *study.STUDY), {})
     runs += study.plan(settings("--questions", *study.STUDY), {}, tune=True)[0]
     places = dict.fromkeys([*study.NEEDS, "data", "scenes", "labels", "val", "split", "out", "siamese"], "x")
+    for _, command in study.NEEDS.values():
+        script, *flags = command.format_map(places | {"jobs": 2}).split()
+        args = (proposals if script == "proposals.py" else finetune).parse_args(flags)
+        assert "--workers" not in flags or args.workers == 2  # boxes are made by as many processes as runs
     for run in runs:
         flags = [*run.flags.format_map(places).split(), "--out", "x", *(["--init", "x"] if run.init else [])]
         args = (pretrain if run.kind == "pretrain" else finetune).parse_args(flags)
@@ -251,9 +255,9 @@ def test_grid_by_threshold_averages_to_the_scripts_ap_and_recall_of_the_truth_is
     assert np.mean(grid["large"]) == pytest.approx(twelve["APl"], abs=1e-4)
     (tmp_path / "d.json").write_text("[]")
     assert set(numbers.grid(labels, tmp_path / "d.json")["all"]) == {0.0}
-    write_cache(labels, tmp_path / "gt", kind="gt")
+    proposals.write_cache(labels, tmp_path / "gt", kind="gt")
     assert numbers.recall_of_boxes(labels, tmp_path / "gt")["AR all"] == 1
-    write_cache(labels, tmp_path / "random", kind="random")
+    proposals.write_cache(labels, tmp_path / "random", kind="random")
     assert 0 < numbers.recall_of_boxes(labels, tmp_path / "random")["AR all"] < 0.9
 
 
