@@ -1,8 +1,8 @@
-"""`linear`: float32 matrix products by oneDNN, where torch takes MKL and the processor is not Intel's.
+"""`linear`: float32 matrix products by oneDNN, where torch takes MKL and the processor is AMD's with AVX-512.
 
-MKL leaves AVX-512 alone on AMD's processors and so reaches half of oneDNN's speed there; on Intel's it is as fast or
-faster (README, Speed). A 1 x 1 convolution is the same product. On a GPU, in other precisions, under torch.compile and
-torch.export this is F.linear.
+MKL leaves AVX-512 alone on AMD's processors and so reaches half of oneDNN's speed there; on Intel's, and on AMD's with
+AVX2 alone, it is as fast or faster (README, Speed). A 1 x 1 convolution is the same product. On a GPU, in other
+precisions, under torch.compile and torch.export this is F.linear.
 """
 
 import platform
@@ -19,8 +19,13 @@ def intel(cpuinfo="/proc/cpuinfo"):
     return "GenuineIntel" in (path.read_text() if path.exists() else platform.processor())
 
 
+def onednn_is_faster(cpuinfo="/proc/cpuinfo"):
+    """Whether MKL would leave AVX-512 alone: torch has it, and the processor is not Intel's."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and not intel(cpuinfo)
+
+
 CHOICE = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # torch's own is MKL: see `linear`
-INSTEAD_OF_MKL = CHOICE and not intel()
+INSTEAD_OF_MKL = CHOICE and onednn_is_faster()
 SMALLEST = 20480  # numbers in x: with fewer torch never takes oneDNN for a convolution
 NARROWEST = 32  # outputs: with fewer nothing is gained
 

@@ -54,14 +54,22 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("maker, expected", [("GenuineIntel", True), ("AuthenticAMD", False), (None, False)])
-def test_intels_processors_keep_mkl(maker, expected, tmp_path, monkeypatch):
-    """There oneDNN took 1 to 1.6 times as long as MKL for the products of a step (README, Speed)."""
+MAKERS = [("GenuineIntel", "AVX512", False), ("AuthenticAMD", "AVX512", True), (None, "AVX512", True),
+          ("AuthenticAMD", "AVX2", False), ("GenuineIntel", "AVX2", False), (None, "DEFAULT", False)]  # fmt: skip
+
+
+@pytest.mark.parametrize("maker, instructions, expected", MAKERS)
+def test_mkl_stays_on_intels_processors_and_without_avx512(maker, instructions, expected, tmp_path, monkeypatch):
+    """There oneDNN took 1 to 2 times as long as MKL for the products of a step (README, Speed)."""
     monkeypatch.setattr("platform.processor", lambda: "x86_64")
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: instructions)
     if maker:
         (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {maker}\n")
-    assert dense.intel(tmp_path / "cpuinfo") == expected
-    assert dense.INSTEAD_OF_MKL == (dense.CHOICE and not dense.intel())
+    assert dense.onednn_is_faster(tmp_path / "cpuinfo") == expected
+
+
+def test_the_choice_is_this_processors():
+    assert dense.INSTEAD_OF_MKL == (dense.CHOICE and dense.onednn_is_faster())
 
 
 @pytest.mark.skipif(not dense.CHOICE, reason="this torch has no MKL or no oneDNN")
