@@ -1,8 +1,8 @@
-"""`linear`: float32 matrix products by oneDNN, where torch takes MKL and the processor is AMD's with AVX-512.
+"""`linear`: float32 matrix products by oneDNN, where MKL, which torch takes, would leave AVX-512 alone.
 
-MKL leaves AVX-512 alone on AMD's processors and so reaches half of oneDNN's speed there; on Intel's, and on AMD's with
-AVX2 alone, it is as fast or faster (README, Speed). A 1 x 1 convolution is the same product. On a GPU, in other
-precisions, under torch.compile and torch.export this is F.linear.
+MKL does so on all but Intel's processors and then reaches half of oneDNN's speed; on Intel's, and with AVX2 alone, it
+is as fast or faster (README, Speed). A 1 x 1 convolution is the same product. On a GPU, in other precisions, under
+torch.compile and torch.export this is F.linear.
 """
 
 import platform
