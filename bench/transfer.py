@@ -5,9 +5,10 @@
     python -m bench.transfer --questions 1 1m 2          # the study: hours; the same command goes on after a stop
     python -m bench.transfer --report                    # tables into README.md and pictures, from the stored results
 
-Runs proposals.py, pretrain.py and finetune.py, one process and one thread each, and writes a line per finished run into
-bench/results/transfer.jsonl. What is compared, and in which order, stands in bench/transfer_study.py; intervals in
-bench/transfer_numbers.py; tables and pictures in bench/transfer_report.py. Ctrl-C or SIGTERM: all under way is saved.
+Runs proposals.py in --jobs processes, pretrain.py and finetune.py in one each, of one thread, and writes a line per
+finished run into bench/results/transfer.jsonl. What is compared, and in which order, stands in bench/transfer_study.py;
+intervals in bench/transfer_numbers.py; tables and pictures in bench/transfer_report.py. Ctrl-C or SIGTERM: all under
+way is saved.
 """
 
 import argparse
