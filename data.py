@@ -253,9 +253,10 @@ def read_annotations(source, split="trainval", quiet=False):
         try:
             i, k = place[row["image_id"]], label[row["category_id"]]
             x, y, w, h = map(float, row["bbox"])
-            rest = k, bool(row.get("iscrowd")), float(row.get("area", w * h)), bool(row.get("difficult"))
+            crowd, difficult = (float(row.get(key) or 0) != 0 for key in ("iscrowd", "difficult"))  # "0" is no too
+            rest = k, crowd, float(row.get("area", w * h)), difficult
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            fault = "an image_id or category_id that is in no table, or a bbox or area that is no numbers"
+            fault = "an image_id or category_id that is in no table, or a bbox, area or iscrowd that is no number"
             raise ValueError(f"{source}: annotation {row['id']} has {fault} ({error}): correct it") from error
         width, height = images[i]["width"], images[i]["height"]
         with np.errstate(over="ignore", invalid="ignore"):

@@ -8,6 +8,7 @@ command goes on. `toyset.write_toy` draws the scenes; the small configuration is
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -45,23 +46,24 @@ def main(argv=None):
 def overfit(variant, arm, toy, out):
     """Train one detector in stretches of EVERY steps until it knows the scenes -> its evaluations, rows of the log."""
     model = f"--variant {variant} {MODEL}" + ("--stride 16 " if variant != "deformable-ms" else "")  # that reads 8 - 64
-    folder, start = out / f"{variant}-{arm}", model
+    folder, start = out / f"{variant}-{arm}", model.split()
     if arm == "siamese":
         pre = out / f"{variant}-pretrain"
-        run(pretrain, f"--data {toy / 'unlabelled'} --out {pre} {model} {PRETRAIN} {RUN}")
-        start = f"--init {max(pre.glob('step-*.pt'))} --dropout 0 "
+        run(pretrain, "--data", toy / "unlabelled", "--out", pre, *f"{model} {PRETRAIN} {RUN}".split())
+        start = ["--init", max(pre.glob("step-*.pt")), "--dropout", 0]
     for epochs in range(EVERY, MOST + 1, EVERY):  # an epoch is one step
-        run(finetune, f"--train {toy / 'train.json'} --out {folder} --epochs {epochs} --eval-every {EVERY} "
-                      f"--save-every {EVERY} {start} {FINETUNE} {RUN}")  # fmt: skip
+        run(finetune, "--train", toy / "train.json", "--out", folder, "--epochs", epochs, "--eval-every", EVERY,
+            "--save-every", EVERY, *start, *f"{FINETUNE} {RUN}".split())  # fmt: skip
         points = [row for row in plots.read_log(folder) if "AP50" in row]
         if points[-1]["AP50"] > GOAL:
             return points
     return points
 
 
-def run(script, flags):
-    if code := script.main(flags.split()):
-        sys.exit(f"overfit: {script.__name__}.py {flags} ended with code {code}")
+def run(script, *words):
+    words = [str(word) for word in words]
+    if code := script.main(words):
+        sys.exit(f"overfit: {script.__name__}.py {shlex.join(words)} ended with code {code}")
 
 
 if __name__ == "__main__":

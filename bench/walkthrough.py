@@ -11,6 +11,7 @@ beside `main`: a function here draws the step of the same number there and retur
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
 import tempfile
@@ -138,11 +139,9 @@ def backbone_weights():
 
 
 def short_pretraining(work, steps):
-    call(
-        pretrain,
-        f"--data {work / 'photo'} --proposals {work / 'boxes'} --backbone-weights {backbone_weights()} "
-        f"--steps {steps} --drop-step {steps * 4 // 5} --save-every {steps} --out {work / 'pre'} {PRETRAIN}",
-    )
+    call(pretrain, "--data", work / "photo", "--proposals", work / "boxes", "--backbone-weights", backbone_weights(),
+         "--steps", steps, "--drop-step", steps * 4 // 5, "--save-every", steps, "--out", work / "pre",
+         *PRETRAIN.split())  # fmt: skip
     return work / "pre" / f"step-{steps:08d}.pt"
 
 
@@ -172,14 +171,16 @@ def short_finetuning(work, photo, objects, init, steps):
     (work / "photo" / "labels.json").write_text(json.dumps(table))
     epochs = 2 * steps  # of one photograph, in twos
     json_path = work / "photo" / "labels.json"
-    call(finetune, f"--train {json_path} --val {json_path} --init {init} {FINETUNE} --epochs {epochs} --drop-epoch "
-                   f"{epochs * 4 // 5} --eval-every {epochs} --save-every {epochs} --out {work / 'fine'}")  # fmt: skip
+    call(finetune, "--train", json_path, "--val", json_path, "--init", init, "--epochs", epochs, "--drop-epoch",
+         epochs * 4 // 5, "--eval-every", epochs, "--save-every", epochs, "--out", work / "fine",
+         *FINETUNE.split())  # fmt: skip
     return work / "fine" / "best.pt"
 
 
-def call(script, flags):
-    if code := script.main(flags.split()):
-        sys.exit(f"walkthrough: {script.__name__}.py {flags} ended with code {code}")
+def call(script, *words):
+    words = [str(word) for word in words]
+    if code := script.main(words):
+        sys.exit(f"walkthrough: {script.__name__}.py {shlex.join(words)} ended with code {code}")
 
 
 # ---------------------------------------------------------------- step 10

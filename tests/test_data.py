@@ -296,6 +296,12 @@ def test_read_annotations_renumbers_the_categories_and_keeps_every_field(tmp_pat
     assert {column[0].dtype for column in found[2:7]} == {torch.float32, torch.int64, torch.bool}
 
 
+@pytest.mark.parametrize("written", [0, 1, "0", "1", False, True, None])
+def test_a_crowd_is_a_crowd_however_it_is_written(tmp_path, written):
+    found = read_annotations(coco(tmp_path, **box(iscrowd=written, difficult=written)))
+    assert found.crowd[1].tolist() == found.difficult[1].tolist() == [written in (1, "1")]
+
+
 def test_read_annotations_takes_a_missing_size_from_the_file(tmp_path):
     oriented(tmp_path / "c.jpg", 6, picture(40, 30))
     images = [{"id": 1, "file_name": "c.jpg"}, {"id": 2, "file_name": "c.jpg", "width": 0, "height": "x"}]
@@ -324,7 +330,7 @@ BAD_CLAIMS = {
         {"images": {"5": "b.png"}}, {"images": ["b.png"]}, {"annotations": None}, {"categories": 3}],
     "annotation 1 has": [
         box(category_id=4), box(category_id=[3]), box(image_id=6), box(bbox=[1, 2, 3]), box(bbox="none"),
-        box(bbox=[1, 2, 3, None]), box(bbox=[1, 2, 3, 10**400]), box(area="big")],
+        box(bbox=[1, 2, 3, None]), box(bbox=[1, 2, 3, 10**400]), box(area="big"), box(iscrowd="no")],
 }  # fmt: skip
 
 

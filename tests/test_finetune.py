@@ -758,7 +758,7 @@ def test_parse_args_refuses_what_cannot_run(more):
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec(convert.PACKAGE), reason="the wheel of MobileNetV2 is not installed")
 def test_small_detectors_overfit_eight_scenes_from_scratch_and_pretrained(tmp_path):
-    assert overfit.main(["--out", str(tmp_path), "--variants", "conditional", "deformable-ss"]) == 0
+    assert overfit.main(["--out", str(tmp_path / "a run"), "--variants", "conditional", "deformable-ss"]) == 0
 
 
 @pytest.mark.slow

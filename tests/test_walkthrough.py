@@ -105,9 +105,10 @@ def test_regions_keep_their_colour_in_all_panels():
 
 @pytest.mark.slow
 def test_walkthrough_runs_from_start_to_end(tmp_path):
-    command = [sys.executable, "-m", "bench.walkthrough", "--steps", "3", "--out", str(tmp_path / "walkthrough")]
+    folder = tmp_path / "a folder with spaces"
+    command = [sys.executable, "-m", "bench.walkthrough", "--steps", "3", "--out", str(folder / "walkthrough")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    text = (tmp_path / "walkthrough.md").read_text()
-    assert "{" not in text and all((tmp_path / name).stat().st_size < 200_000 for name in PICTURES)
-    assert done.stdout.splitlines()[-1].startswith(f"{tmp_path / 'walkthrough.md'} and 10 pictures")
+    text = (folder / "walkthrough.md").read_text()
+    assert "{" not in text and all((folder / name).stat().st_size < 200_000 for name in PICTURES)
+    assert done.stdout.splitlines()[-1].startswith(f"{folder / 'walkthrough.md'} and 10 pictures")
