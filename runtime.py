@@ -72,7 +72,8 @@ def bfloat16_pays(device):
     """Whether `device` computes in bfloat16 itself; others emulate it at many times the cost."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()  # what torch.compile asks
+    emulated = torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported()  # oneDNN says yes to it
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and not emulated
 
 
 def _store_of_this_attempt(rank):

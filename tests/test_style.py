@@ -24,7 +24,7 @@ MAY_IMPORT = {  # at module level; scripts may import any library file
 BUDGET = {  # lines; a file that outgrows its own loses something first, or this table says in a commit why not
     "backbone": 118, "clusters": 75, "colour": 110, "convert": 485, "data": 550, "detectors": 445, "finetune": 558,
     "formats": 515, "losses": 260, "metrics": 120, "model": 656, "plots": 365, "pretrain": 455, "proposals": 545,
-    "runtime": 430, "toyset": 130, "views": 380,
+    "runtime": 432, "toyset": 130, "views": 380,
 }  # fmt: skip
 
 
