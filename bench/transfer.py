@@ -223,7 +223,8 @@ class Study:
         self.write()
         (folder / "cpu.json").unlink()  # or a repetition in the same folder would count this time, too
         self.left.remove(run)
-        result = f"AP {100 * line['AP']:.1f}" if "AP" in line else f"IoU gain {line.get('iou_gain', float('nan')):.3f}"
+        gain = f"{line['iou_gain']:.3f}" if "iou_gain" in line else "-"  # DETReg's queries are told of no region
+        result = f"AP {100 * line['AP']:.1f}" if "AP" in line else f"IoU gain {gain}"
         print(f"[{len(self.runs) - len(self.left)}/{len(self.runs)}] {run.name}  {seconds / 60:.1f} CPU-min  {result}; "
               f"{sum(map(self.minutes, self.left)) / 60:.1f} CPU-hours left", flush=True)  # fmt: skip
 

@@ -537,6 +537,15 @@ def test_progress_counts_pretrainings_that_are_made_again_as_still_to_do(tmp_pat
             assert f"[{done}/4]" in capsys.readouterr().out
 
 
+def test_progress_has_a_dash_where_queries_were_told_of_no_region(tmp_path, capsys):
+    labels = write_toy(tmp_path / "toy", unlabelled=1, train=2, val=1) / "train.json"
+    study_of_one = transfer.Study(settings("--arms", "DETReg", "--seeds", "1", "1", "--out", str(tmp_path / "runs"),
+        "--labels", str(labels), "--results", str(tmp_path / "r.jsonl")))  # fmt: skip
+    (tmp_path / "cpu.json").write_text("60")
+    study_of_one.record(study_of_one.todo[0], tmp_path, {"settings": {}, "commit": "abc"}, {"before": {}})
+    assert "IoU gain -;" in capsys.readouterr().out
+
+
 def test_two_studies_into_one_file_of_results_are_refused(tmp_path):
     write_toy(tmp_path / "toy", unlabelled=1, train=2, val=1)
     results = tmp_path / "r.jsonl"
