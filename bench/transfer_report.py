@@ -26,7 +26,7 @@ TITLES = {
     "1": "**Methods** (Tables 1 and 2 in miniature).",
     "1h": "**Methods, with the paper's Hungarian matching** instead of group matching (DETReg: its runs from above).",
     "1r": "**Is it the learning rate?** From scratch at the rate of the pretrained rows, too.",
-    "1l": "**Does it last?** Two of these rows, fine-tuned four times as long at the same rates.",
+    "1l": "**Does it last?** Rows of the tables above, fine-tuned four times as long at the same rates.",
     "1m": "**Methods, Deformable multi-scale.**",
     "1b": "**Other detectors, more queries, fewer labels.** `--fraction` with as many more epochs: as many steps.",
     "2": "**Pretext tasks and proposals** (Tables 3 and 4 in miniature).",
@@ -74,7 +74,7 @@ class Row:
         return percent(interval(pairs)) if pairs else None
 
 
-def main_rows(lines, questions=("1", "1h", "1m")):
+def main_rows(lines, questions=("1", "1h", "1l", "1m")):
     return [row for question in questions for row in rows_of(lines, question) if row.runs]
 
 
@@ -122,11 +122,12 @@ def report(lines):
         table = [[name, *(f"{100 * aps[rate]:.1f}" for rate in RATES)] for name, aps in tried.items()]
         parts += ["**Learning rates tried**: AP on the split.", markdown(["", *RATES], table)]
     methods = new_rows(main_rows(lines))
+    lengths = sorted({row.runs[0]["length"][0] for row in methods})
     if methods:
         parts += [
             "**How fast** (Figure 6): epochs until half and all of what from scratch has at the end, with the same "
             "seeds, and AP after 10 % of the schedule "
-            f"({methods[0].runs[0]['length'][0] / 10:g} epochs).", convergence(methods),
+            f"({' or '.join(f'{epochs / 10:g}' for epochs in lengths)} epochs).", convergence(methods),
             "**How tight** (Figure 4): AP from scratch and what pretraining adds, by IoU threshold and size of the "
             "object. The last column: does the gain grow from IoU 0.50 to 0.75?", by_threshold(methods)]  # fmt: skip
     pre = [row for question in ("5", "1", "1h", "1m", "2", "6") for row in rows_of(lines, question) if row.pre]
@@ -177,7 +178,7 @@ Conditional."""
         text += f"""
 *Over the run* is the mean of AP over all epochs, the area under a curve of Figure 6. A single pair's difference to from
 scratch varies by {last:.1f} AP at the end and by {mean:.1f} over the run (standard deviation over fine-tuning seeds,
-question 1): read rows of `1 x 1`, which have no interval, by that. """
+question 1): read single pairs, for which no interval is given, by that. """
     return re.sub(r" +\n", "\n", text).strip()
 
 

@@ -47,7 +47,9 @@ STUDY = {  # question: ((pretraining seeds, fine-tuning seeds), {row: Arm}); a r
     "1": ((2, 5), {f"Conditional, {name}": Arm(CONDITIONAL, pre) for name, pre in METHODS.items()}),
     "1h": ((2, 3), {f"Hungarian, {name}": Arm(CONDITIONAL, pre) for name, pre in HUNGARIAN.items()}),
     "1r": ((1, 5), {"Conditional, from scratch at 5e-4": Arm(CONDITIONAL, rate="5e-4")}),
-    "1l": ((1, 2), both("Conditional, four times as long", CONDITIONAL, longer=4)),
+    "1l": ((1, 3), both("Conditional, four times as long", CONDITIONAL, longer=4)
+           | {"Conditional, four times as long, Siamese DETR with Hungarian matching":
+              Arm(CONDITIONAL, HUNGARIAN["Siamese DETR"], longer=4)}),
     "1m": ((2, 3), {f"Deformable-MS, {name}": Arm(MULTI_SCALE, pre) for name, pre in METHODS.items()}
            | {"Deformable-MS, Siamese DETR with Hungarian matching": Arm(MULTI_SCALE, HUNGARIAN["Siamese DETR"])}),
     "1b": ((1, 3), both("Vanilla", CONDITIONAL.replace("conditional", "vanilla"))

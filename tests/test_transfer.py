@@ -159,8 +159,9 @@ def test_rows_of_a_seed_differ_in_nothing_but_the_start_and_the_tuned_rate():
 
 def test_longer_fine_tunings_share_pretraining_and_rate_with_the_first_question_and_need_no_rates_of_their_own():
     chosen = {study.rate_key(arm): "5e-4" for arm in study.STUDY["1"][1].values()}
-    (first, _), (longer, _) = (study.plan(settings("--questions", question), chosen) for question in ("1", "1l"))
+    (first, _), (longer, _) = (study.plan(settings("--questions", *asked), chosen) for asked in (["1", "1h"], ["1l"]))
     assert {run.name for run in longer if run.kind == "pretrain"} < {run.name for run in first}
+    assert len([run for run in longer if run.kind == "pretrain"]) == 2  # either matching
     tuned = [run for run in longer if run.kind == "finetune"]
     assert {study.length(run.flags)[0] for run in tuned} == {4 * 25} and {run.rate for run in tuned} == {"5e-4"}
     assert {run.seed for run in tuned if run.init} == {run.seed for run in tuned if not run.init}
@@ -340,6 +341,29 @@ def test_rows_with_the_papers_matching_are_held_against_siamese_detr_and_told_on
         rows = text.split(title)[1].split("\n\n")[1].splitlines()
         for name, times in (("UP-DETR", 1), ("DETReg", 0), ("from scratch", 0)):
             assert sum(row.startswith(f"| Hungarian, {name} |") for row in rows) == times * lines_each, (title, name)
+
+
+def test_longer_fine_tunings_are_held_against_from_scratch_of_their_own_length_and_tell_how_fast_they_are():
+    lines = stored(questions=("1", "1l"))
+    for line in lines:
+        if line["length"][0] == 100 and line["method"] == "scratch":
+            line |= {"AP": line["AP"] + 0.3, "curve": {**line["curve"], "epoch": [50, 100]}}
+        elif line["length"][0] == 100 and line["kind"] == "finetune":
+            line |= {"AP": line["AP"] + 0.2, "curve": {**line["curve"], "epoch": [50, 100]}}
+    text = transfer_report.report(lines)
+    gains = {
+        row.split(" |")[0][2:]: row.split("|")[7].split("[")[0].strip() for row in text.splitlines() if " 2 x 3 " in row
+    }
+    assert gains["Conditional, Siamese DETR"] == "+5.0"
+    assert gains["Conditional, four times as long, Siamese DETR"] == "-5.0"
+    assert gains["Conditional, four times as long, Siamese DETR with Hungarian matching"] == "-5.0"
+    fast = text.split("**How fast**")[1].split("\n\n")
+    assert "(2.5 or 10 epochs)" in fast[0]
+    whole = {row.split(" |")[0][2:]: row.split("|")[3].strip() for row in fast[1].splitlines()[2:]}
+    assert (
+        whole["Conditional, from scratch"] == "30.0"
+        and whole["Conditional, four times as long, from scratch"] == "100.0"
+    )
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 5, 8, 13, 40])
