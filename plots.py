@@ -156,13 +156,15 @@ def save_ap(path, runs, title=None):
 @styled
 def save_bands(path, panels, x="epoch", title=None):
     """Lines with intervals: {panel: {label: [(x, mean, low, high), ...]}}; low and high None where there is none."""
-    fig = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
+    rows, columns = -(-len(panels) // 2), min(len(panels), 2)
+    fig = Figure(figsize=(4.6 * columns, 3.6 * rows), layout="constrained")
     labels = dict.fromkeys(label for lines in panels.values() for label in lines)
     colours = dict(zip(labels, cycle(LINES), strict=False))
-    for ax, (name, lines) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for label, rows in lines.items():
+    for place, (name, lines) in enumerate(panels.items(), 1):
+        ax = fig.add_subplot(rows, columns, place)
+        for label, points in lines.items():
             colour = colours[label]
-            at, mean, low, high = (np.array(column, float) for column in zip(*rows, strict=True))  # None: NaN
+            at, mean, low, high = (np.array(column, float) for column in zip(*points, strict=True))  # None: NaN
             ax.plot(at, mean, "o-", color=colour, lw=2, ms=4, mec="white")
             ax.fill_between(at, low, high, color=colour, alpha=0.15, lw=0)
         ax.set_title(name, loc="left")

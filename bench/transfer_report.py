@@ -318,7 +318,7 @@ def pictures(lines, runs, out):
     """All that the lines allow; what needs the weights of seed 0, as long as `runs` lacks some, only once -> paths."""
     drawn, methods = [], main_rows(lines)
     detectors = dict.fromkeys(row.name.rsplit(", ", 1)[0] for row in methods)
-    of = {name: {row.name.rsplit(", ", 1)[1]: row for row in methods if row.name.startswith(f"{name}, ")}
+    of = {name: {row.name.rsplit(", ", 1)[1]: row for row in methods if row.name.rsplit(", ", 1)[0] == name}
           for name in detectors}  # fmt: skip
     if methods:
         curves = {name: {label: curve(row) for label, row in rows.items()} for name, rows in of.items()}

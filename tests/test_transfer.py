@@ -343,7 +343,9 @@ def test_rows_with_the_papers_matching_are_held_against_siamese_detr_and_told_on
             assert sum(row.startswith(f"| Hungarian, {name} |") for row in rows) == times * lines_each, (title, name)
 
 
-def test_longer_fine_tunings_are_held_against_from_scratch_of_their_own_length_and_tell_how_fast_they_are():
+def test_longer_fine_tunings_are_held_against_from_scratch_of_their_own_length_and_tell_how_fast_they_are(
+    tmp_path, monkeypatch
+):
     lines = stored(questions=("1", "1l"))
     for line in lines:
         if line["length"][0] == 100 and line["method"] == "scratch":
@@ -364,6 +366,14 @@ def test_longer_fine_tunings_are_held_against_from_scratch_of_their_own_length_a
         whole["Conditional, from scratch"] == "30.0"
         and whole["Conditional, four times as long, from scratch"] == "100.0"
     )
+    drawn = {}
+    monkeypatch.setattr(plots, "save_bands", lambda path, panels, *_: drawn.setdefault(path, panels) and path)
+    transfer_report.pictures(lines, tmp_path, tmp_path)
+    ends = {
+        name: {curve[-1][0] for curve in rows.values()}
+        for name, rows in drawn[tmp_path / "transfer-convergence.png"].items()
+    }
+    assert ends == {"Conditional": {30}, "Conditional, four times as long": {100}}
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 5, 8, 13, 40])
