@@ -394,6 +394,8 @@ def test_report_says_what_its_runs_cost_and_would_have_cost_at_the_pace_of_the_f
     assert f"{sum(range(1, len(alike) + 1)) + others:.1f} CPU-hours" in transfer_report.report(lines)
     alike[0]["length"] = [99, 0]  # a run of another length is not like them
     assert transfer_report.hours_of_the_fastest(lines) == pytest.approx(1 + 2 * (len(alike) - 1) + others)
+    alike[1]["again"] = [{"cpu_seconds": 9 * 3600}, {"cpu_seconds": 1800}]  # repetitions count on both sides
+    assert transfer_report.hours_of_the_fastest(lines) == pytest.approx(1 + (len(alike) - 1 + 2) / 2 + others)
 
 
 def test_report_takes_the_runs_of_the_tuned_rate_and_refuses_two_runs_of_a_seed():
