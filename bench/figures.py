@@ -265,10 +265,10 @@ def number_regions(ax, R, size=1, across=True):
 
 
 def shrink(path, width=10_000):
-    """At most 200 colours, those of the regions among them, and `width` pixels: a third of the bytes, hardly seen."""
+    """At most 200 colours, those of regions and lines among them, and `width` pixels: a third of the bytes."""
     image = Image.open(path).convert("RGB")
     image.thumbnail((width, 10_000), Image.Resampling.LANCZOS)
-    own = np.array([matplotlib.colors.to_rgb(name) for name in (*plots.COLOURS, "white", "black")]) * 255
+    own = np.array([matplotlib.colors.to_rgb(name) for name in (*plots.COLOURS, *plots.LINES, "white", "black")]) * 255
     rest = np.array(image.quantize(200 - len(own)).getpalette()).reshape(-1, 3)
     palette = np.concatenate([own.round(), rest[: 200 - len(own)]]).astype(np.uint8)
     pixels, back = np.unique(np.asarray(image).reshape(-1, 3), axis=0, return_inverse=True)

@@ -47,9 +47,9 @@ def test_shown_regions_are_the_overlap_and_others_once_each():
     assert shown[0] == 0 and len(set(shown)) == len(shown) == steps.SHOWN
 
 
-def test_shrinking_keeps_the_colours_of_regions(tmp_path):
+def test_shrinking_keeps_the_colours_of_regions_and_lines(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (80, 90, 3), dtype=np.uint8)
-    own = [tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in plots.COLOURS]
+    own = [tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in (*plots.COLOURS, *plots.LINES)]
     image[0, : len(own)] = own
     Image.fromarray(image).save(tmp_path / "p.png")
     figures.shrink(tmp_path / "p.png")
